@@ -1,0 +1,5 @@
+"""`python -m anyrank` is the `anyrank` command."""
+
+from .cli import main
+
+main()

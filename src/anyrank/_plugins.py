@@ -1,0 +1,52 @@
+"""Attach to a library when it is imported, without importing it first.
+
+PEFT and Transformers have no entry points for plugins, and importing them takes seconds. A finder
+at the head of `sys.meta_path` lets their import run as usual and loads our side right after it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def when_imported(library: str, ours: str) -> None:
+    """Import `ours` as soon as `library` has been imported: now, if it has been already."""
+    if library in sys.modules:
+        importlib.import_module(ours)
+    else:
+        sys.meta_path.insert(0, _Finder(library, ours))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, library: str, ours: str) -> None:
+        self.library, self.ours = library, ours
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.library:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self.ours)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: Any, ours: str) -> None:
+        self.inner, self.ours = inner, ours
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.inner
+        module.__loader__ = self.inner
+        self.inner.exec_module(module)
+        importlib.import_module(self.ours)

@@ -1,0 +1,1 @@
+"""Exports: results that run without anyrank."""

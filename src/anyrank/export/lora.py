@@ -1,0 +1,194 @@
+"""An any-rank adapter as an ordinary PEFT LoRA of one rank.
+
+    A' = A[:k] P,  B' = s_k R B[:, :k],  alpha = rank, so the reader's own scale is 1
+
+The scale is baked into B': vLLM, TensorRT-LLM, exllama and diffusers have each got a scale wrong
+before. The configuration holds only keys that every PEFT knows, and no rank or alpha pattern.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..algebra import lora_factors, rows, scale_at
+from ..errors import ConfigError, RankError, RunError
+from ..files import new_folder, read_json, require_disk, write_json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_COPIED = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An any-rank adapter on disk.
+
+    Attributes:
+        folder: where adapter_config.json and adapter_model.safetensors lie.
+        config: the parsed adapter_config.json.
+        tensors: every tensor by its key.
+    """
+
+    folder: Path
+    config: Any
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> SavedAdapter:
+        """Read an adapter that `save_pretrained` or `anyrank train` wrote.
+
+        Raises:
+            RunError: the folder holds no any-rank adapter, or a broken one.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from ..tuner import PEFT_TYPE, AnyRankConfig
+
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise RunError(f"{folder}: holds no adapter ({CONFIG} is missing)")
+        kind = read_json(folder / CONFIG).get("peft_type")
+        if kind != PEFT_TYPE:
+            raise RunError(f"{folder}: holds a {kind} adapter; export needs one made by anyrank")
+        try:
+            tensors = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
+        return cls(folder, AnyRankConfig.from_pretrained(str(folder)), tensors)
+
+    def layers(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(prefix of the key, A, B) of every layer with a low-rank core."""
+        for key in sorted(self.tensors):
+            if key.endswith(".anyrank_A"):
+                prefix = key.removesuffix("anyrank_A")
+                yield prefix, self.tensors[key], self.tensors[prefix + "anyrank_B"]
+
+    def check_rank(self, rank: int) -> None:
+        """Raise unless the adapter has this rank.
+
+        Raises:
+            ConfigError: the core is one dense matrix.
+            RankError: the rank is out of range.
+        """
+        if not self.config.low_rank:
+            raise ConfigError(
+                f"{self.folder}: {self.config.method} holds dense blocks, which are no LoRA of any "
+                "rank; keep the adapter beside its base, or train a low-rank method"
+            )
+        if not 1 <= rank <= self.config.rows:
+            raise RankError(f"{self.folder}: rank {rank} must lie in 1..{self.config.rows}")
+
+
+def lora_tensors(adapter: SavedAdapter, rank: int) -> dict[str, Tensor]:
+    """The tensors of the LoRA at `rank`: `lora_A.weight` [k, d_in], `lora_B.weight` [d_out, k]."""
+    config = adapter.config
+    adapter.check_rank(rank)
+    scale = scale_at(config.scale, config.lora_alpha, rank * config.r / config.rows, config.r)
+    tensors = {k: v for k, v in adapter.tensors.items() if ".anyrank_" not in k}
+    for prefix, a, b in adapter.layers():
+        a_k, b_k = lora_factors(*rows(a, b, rank), config.pool, config.repeat)
+        tensors[prefix + "lora_A.weight"] = a_k.contiguous()
+        tensors[prefix + "lora_B.weight"] = (b_k * scale).contiguous()
+    return tensors
+
+
+def lora_size(adapter: SavedAdapter, rank: int) -> int:
+    """Bytes of the weights file that an export at `rank` writes."""
+    shapes = {key: tensor.to("meta") for key, tensor in adapter.tensors.items()}
+    tensors = lora_tensors(SavedAdapter(adapter.folder, adapter.config, shapes), rank)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+    offset = 0
+    for key, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = offset + t.numel() * t.element_size()
+        dtype = names.get(str(t.dtype), str(t.dtype))
+        header[key] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
+def lora_config(adapter: SavedAdapter, rank: int) -> dict[str, Any]:
+    """adapter_config.json of the LoRA at `rank`; its scale is alpha/r = 1."""
+    saved = {key: getattr(adapter.config, key, None) for key in _COPIED}
+    if isinstance(saved["target_modules"], set | list):
+        saved["target_modules"] = sorted(saved["target_modules"])
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        **{key: value for key, value in saved.items() if value not in (None, False)},
+    }
+
+
+def export_lora(adapter: SavedAdapter | str | Path, out: str | Path, rank: int) -> Path:
+    """Write the LoRA of one rank into a new folder.
+
+    Args:
+        adapter: a folder with an any-rank adapter, or one already read.
+        out: the folder to make.
+        rank: 1..rows of the adapter.
+
+    Returns:
+        The folder, with adapter_config.json, adapter_model.safetensors and anyrank.json.
+
+    Raises:
+        RunError: the adapter cannot be read, `out` exists, or the disk is full.
+        RankError: the adapter does not have this rank.
+        ConfigError: the adapter is not a low-rank one.
+    """
+    from safetensors.torch import save_file
+
+    if not isinstance(adapter, SavedAdapter):
+        adapter = SavedAdapter.read(adapter)
+    out = Path(out)
+    tensors = lora_tensors(adapter, rank)
+    require_disk(out, sum(t.numel() * t.element_size() for t in tensors.values()), "the export")
+    with new_folder(out) as beside:
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        write_json(beside / CONFIG, lora_config(adapter, rank))
+        write_json(beside / "anyrank.json", _provenance(adapter, rank))
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (adapter.folder / name).is_file():
+                (beside / name).write_bytes((adapter.folder / name).read_bytes())
+    return out
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` of vLLM that serves this rank."""
+    return next((r for r in VLLM_RANKS if r >= rank), VLLM_RANKS[-1])
+
+
+def _provenance(adapter: SavedAdapter, rank: int) -> dict[str, Any]:
+    from .. import __version__
+
+    return {
+        "anyrank": __version__,
+        "exported": "lora",
+        "rank": rank,
+        "method": adapter.config.method,
+        "scale": adapter.config.scale,
+        "scale_baked_into": "lora_B",
+        "largest_rank": adapter.config.rows,
+        "nested": adapter.config.nested,
+    }

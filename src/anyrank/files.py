@@ -1,0 +1,104 @@
+"""Files that appear under their name only when they are complete: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunError: the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise RunError(f"{path}: not valid JSON ({error})") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside `path`, renamed to `path` when the block ends well.
+
+    Raises:
+        RunError: `path` exists and is not an empty folder.
+    """
+    refuse_filled(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    beside.chmod(0o755)
+    try:
+        yield beside
+        _sync(beside)
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """A folder to fill inside `folder`, whose files move into `folder` when the block ends well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield beside
+        _sync(beside)
+        for item in sorted(beside.iterdir()):
+            os.replace(item, folder / item.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_filled(path: Path) -> None:
+    """Raise unless `path` is free: absent, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists already; name another folder, or remove it first")
+
+
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise unless the disk of `folder` has room for `needed` bytes.
+
+    Raises:
+        RunError: too little room.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: {what} needs {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free; "
+            "free some room, name another folder, or lower --save_total_limit"
+        )
+
+
+def _sync(folder: Path) -> None:
+    for item in folder.rglob("*"):
+        if item.is_file():
+            with open(item, "rb") as file:
+                os.fsync(file.fileno())

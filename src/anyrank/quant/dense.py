@@ -1,0 +1,40 @@
+"""Float weights: nn.Linear, and the Conv1D of GPT-2, which stores W transposed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import FrozenWeight
+
+
+class DenseWeight(FrozenWeight):
+    """W of an nn.Linear: [d_out, d_in] as it lies."""
+
+    def __init__(self, layer) -> None:
+        super().__init__(layer)
+        self.d_in, self.d_out = layer.in_features, layer.out_features
+
+    def read(self) -> Tensor:
+        """W, sharing memory with the layer."""
+        return self.layer.weight.data
+
+    def fold_obstacle(self, p: int, q: int) -> str | None:
+        """A float weight takes any update."""
+        return None
+
+    def fold(self, delta: Tensor) -> None:
+        """W += delta in place, in the dtype of W."""
+        weight = self.read()
+        weight += delta.to(weight.dtype)
+
+
+class TransposedWeight(DenseWeight):
+    """W of a Conv1D, stored as [d_in, d_out]."""
+
+    def __init__(self, layer) -> None:
+        FrozenWeight.__init__(self, layer)
+        self.d_in, self.d_out = layer.weight.shape
+
+    def read(self) -> Tensor:
+        """W as a transposed view that shares memory with the layer."""
+        return self.layer.weight.data.T

@@ -1,0 +1,52 @@
+"""NF4 and FP4 weights of bitsandbytes' Linear4bit.
+
+w = absmax_block * table[code]: there is no offset, so nothing folds into it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import MergeError
+from .base import FrozenWeight
+
+
+class NF4Weight(FrozenWeight):
+    """W of a Linear4bit, blocks of 64 along the flattened weight."""
+
+    def __init__(self, layer) -> None:
+        super().__init__(layer)
+        self.d_in, self.d_out = layer.in_features, layer.out_features
+
+    def prepare(self) -> None:
+        """Keep the bytes in the layout that the backward pass can read.
+
+        On a CPU with AVX-512 bf16, bitsandbytes 0.50 repacks the weight at the first evaluation,
+        and from then on the layer passes no gradient to its input, without an error.
+        """
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight = self.layer.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                weight.data, weight.quant_state
+            )
+        self.layer.support_avx512bf16_for_cpu = False
+
+    def read(self) -> Tensor:
+        """W dequantized, in the dtype that it had before quantization."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.layer.weight.data, self.layer.weight.quant_state)
+
+    def fold_obstacle(self, p: int, q: int) -> str | None:
+        """Always: the format has no offset to fold into."""
+        return "NF4 and FP4 weights have no offset; merging would round most of the adapter away"
+
+    def fold(self, delta: Tensor) -> None:
+        """Refuse.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(str(self.fold_obstacle(1, 1)))

@@ -1,0 +1,119 @@
+"""Which ranks to train in a step: pure functions of (step, total, seed).
+
+Nothing here reads a global random state, so the draw is the same on every process and after a
+resume. A schedule is data:
+
+    uniform    one rank, uniform over `ranks` (1..r when none are listed)    DyLoRA, QDyLoRA
+    sandwich   the largest, the smallest and a random one                     US-Nets
+    full       always the largest                                             LoRA
+
+`unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
+replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
+prefix (DyLoRA's frozen mode).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import ConfigError, RankError, nearest
+
+KINDS = ("full", "uniform", "sandwich")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one optimizer step trains.
+
+    Attributes:
+        ranks: the prefixes, one after another over the micro-batches.
+        first: the first row that is trained; rows below pass no gradient.
+    """
+
+    ranks: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def trained(self) -> range:
+        """The rows that this step may move."""
+        return range(self.first, max(self.ranks))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A rule that maps a step to a `Draw`.
+
+    Attributes:
+        rows: the largest rank.
+        kind: one of `KINDS`.
+        ranks: the ranks to choose from; None: every multiple of `unit` up to `rows`.
+        unit: rows per group.
+        per_step: ranks per optimizer step (uniform only).
+        frozen: train only the last unit of the prefix.
+    """
+
+    rows: int
+    kind: str = "uniform"
+    ranks: tuple[int, ...] | None = None
+    unit: int = 1
+    per_step: int = 1
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"schedule={self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
+        if self.unit < 1 or self.rows % self.unit:
+            raise ConfigError(f"rank_unit={self.unit} must divide the rank {self.rows}")
+        for rank in self.ranks or ():
+            if not 1 <= rank <= self.rows or rank % self.unit:
+                raise RankError(
+                    f"schedule rank {rank} must be a multiple of rank_unit={self.unit} "
+                    f"in 1..{self.rows}, the largest rank"
+                )
+        if not 1 <= self.per_step <= len(self.choices):
+            raise ConfigError(
+                f"ranks_per_step={self.per_step} must lie in 1..{len(self.choices)}, "
+                "the number of ranks to choose from"
+            )
+        if self.frozen and (self.kind != "uniform" or self.per_step > 1):
+            raise ConfigError(
+                "frozen_rows trains one prefix per step: it needs schedule='uniform' "
+                f"and ranks_per_step=1, got {self.kind!r} and {self.per_step}"
+            )
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The ranks that can be drawn, ascending."""
+        every = range(self.unit, self.rows + 1, self.unit)
+        return tuple(sorted(set(every if self.ranks is None else self.ranks)))
+
+    @property
+    def draws(self) -> int:
+        """How many ranks a step trains: micro-batches per step must be a multiple of it."""
+        if self.kind == "sandwich":
+            return min(3, len(self.choices))
+        return self.per_step if self.kind == "uniform" else 1
+
+    def __call__(self, step: int, total: int, seed: int) -> Draw:
+        """The draw of a step.
+
+        Args:
+            step: optimizer steps done so far, from 0.
+            total: optimizer steps of the whole run; schedules that change over a run need it.
+            seed: the seed of the run.
+        """
+        if self.kind == "full":
+            return Draw((self.rows,))
+        rng = random.Random(f"anyrank rank draw {seed} {step}")
+        if self.kind == "sandwich":
+            return Draw(_sandwich(self.choices, rng))
+        drawn = tuple(rng.sample(self.choices, self.per_step))
+        return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
+
+
+def _sandwich(choices: Sequence[int], rng: random.Random) -> tuple[int, ...]:
+    between = choices[1:-1]
+    middle = (rng.choice(between),) if between else ()
+    return tuple(dict.fromkeys((choices[-1], choices[0], *middle)))

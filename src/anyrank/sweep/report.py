@@ -1,0 +1,73 @@
+"""What a sweep found: sweep.json, a table for the terminal and the picture of the rank curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+
+
+def write_report(folder: Path, found: dict[str, Any]) -> None:
+    """Write sweep.png (where there is a curve) and then sweep.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(found["ranks"]) > 1:
+        plot(folder / "sweep.png", found)
+    write_json(folder / "sweep.json", found)
+
+
+def table(found: dict[str, Any]) -> Any:
+    """The figures as a rich table; the chosen rank is marked."""
+    from rich.table import Table
+
+    with_answers = "exact_match" in found["base"]
+    out = Table(title=f"{found['rows']} rows, {found['tokens']:,} completion tokens")
+    for name in ("rank", "nats/token", "perplexity", *(["exact match"] if with_answers else [])):
+        out.add_column(name, justify="right")
+    out.add_column("parameters", justify="right")
+    out.add_column("LoRA file", justify="right")
+    for row in (found["base"] | {"rank": "base", "parameters": 0, "bytes": 0}, *found["ranks"]):
+        chosen = row["rank"] is not None and row["rank"] == found["chosen_rank"]
+        cells = [f"{row['rank'] or 'dense'}{' <' if chosen else ''}"]
+        cells += [f"{row['loss']:.3f}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['exact_match']:.1%}"] if with_answers else []
+        cells += [f"{row['parameters']:,}" if row["parameters"] else "-"]
+        cells += [f"{row['bytes'] / 1e6:.2f} MB" if row["bytes"] else "-"]
+        out.add_row(*cells, style="bold green" if chosen else None)
+    return out
+
+
+def plot(path: Path, found: dict[str, Any]) -> None:
+    """Loss against log2 of the rank, with the base and the chosen rank marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    ranks = [row["rank"] for row in found["ranks"]]
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(ranks, [row["loss"] for row in found["ranks"]], "o-", color="#1f5fa8", label="loss")
+    chosen = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
+    axes.plot(
+        chosen["rank"], chosen["loss"], "o", markersize=14, markerfacecolor="none",
+        markeredgecolor="#c4412b", markeredgewidth=2, linestyle="none",
+        label=f"chosen: rank {chosen['rank']}",
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("rank")
+    axes.set_ylabel("loss (nats per completion token)")
+    axes.grid(alpha=0.25)
+    axes.set_title(f"One run, every rank: {found['method']}, base at {found['base']['loss']:.2f}")
+    handles, labels = axes.get_legend_handles_labels()
+    if "exact_match" in found["base"]:
+        right = axes.twinx()
+        share = [100 * row["exact_match"] for row in found["ranks"]]
+        right.plot(ranks, share, "s--", color="#6a8f3c", label="exact match")
+        right.set_ylabel("exact match (%)")
+        right.set_ylim(0, 103)
+        right.xaxis.set_minor_locator(NullLocator())
+        more = right.get_legend_handles_labels()
+        handles, labels = handles + more[0], labels + more[1]
+    axes.legend(handles, labels, loc="center right", frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,173 @@
+"""`anyrank sweep`: a finished run, evaluated at every rank on validation rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import ConfigError
+from ..export.lora import SavedAdapter, lora_size
+from ..training.arguments import DataArguments, ModelArguments
+from ..training.base import load_base, load_tokenizer
+from ..training.data import DataSource, load_rows, split_rows
+from ..training.run import Run
+from ..training.tokens import tokenize_rows
+from .choose import TOLERANCE, choose_rank
+from .evaluate import exact_match, sweep
+from .report import write_report
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What to evaluate; None follows the run."""
+
+    dataset: str | None = None
+    split: str = "test"
+    ranks: list[int] | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    tolerance: float = TOLERANCE
+    exact_match: bool = False
+    answer_pattern: str | None = None
+    max_new_tokens: int = 128
+    out: Path | None = None
+
+
+def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
+    """Evaluate every rank of a run; write sweep.json and sweep.png; return what sweep.json holds.
+
+    Raises:
+        AnyRankError: the run, the data or a rank is not as needed.
+    """
+    from peft import PeftModel
+
+    run = Run.open(folder)
+    adapter = SavedAdapter.read(run.folder)
+    ranks = ranks_to_sweep(adapter, options.ranks)
+    arguments = _chosen(ModelArguments, run.config)
+    trust = bool(run.config.get("trust_remote_code", False))
+    tokenizer = load_tokenizer(arguments, trust_remote_code=trust)
+    source, text_rows = validation_rows(run, options)
+    rows, _ = tokenize_rows(
+        text_rows,
+        tokenizer,
+        max_length=run.config.get("max_length"),
+        completion_only=run.config.get("completion_only_loss") is not False,
+    )
+    base = load_base(arguments, in_4bit=run.config["load_in_4bit"], trust_remote_code=trust)
+    model = PeftModel.from_pretrained(base, str(run.folder))
+    examples = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
+    answers = None
+    if options.exact_match:
+        answers = exact_match(
+            tokenizer,
+            examples,
+            max_new_tokens=options.max_new_tokens,
+            pattern=options.answer_pattern,
+            batch_size=4 * options.batch_size,
+        )
+    with _bar() as bar:
+        task = bar.add_task("sweep", total=len(ranks) + 1 if ranks else 2)
+
+        def progress(what: str) -> None:
+            bar.update(task, description=what, advance=0 if what == "base" else 1)
+
+        base_score, scores = sweep(
+            model, examples, ranks, batch_size=options.batch_size, answers=answers,
+            progress=progress,
+        )  # fmt: skip
+        bar.update(task, advance=1, description="done")
+    found = {
+        "base": base_score.as_dict(),
+        "ranks": [
+            {"rank": rank or None, **s.as_dict(), **_size(adapter, rank)}
+            for rank, s in scores.items()
+        ],
+        "chosen_rank": choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
+        or None,
+        "tolerance": options.tolerance,
+        "method": run.config["method"],
+        "dataset": source,
+        "rows": len(examples),
+        "tokens": sum(sum(label != -100 for label in e["labels"][1:]) for e in examples),
+    }
+    write_report(options.out or run.folder, found)
+    return found
+
+
+def ranks_to_sweep(adapter: SavedAdapter, asked: Sequence[int] | None) -> list[int]:
+    """The ranks asked for, or the powers of two up to the largest rank.
+
+    An adapter that was not nested has one rank; its prefixes were never trained by themselves.
+
+    Raises:
+        RankError: a rank that the adapter does not have.
+    """
+    config = adapter.config
+    if asked is not None:
+        for rank in asked:
+            adapter.check_rank(rank)
+        return sorted(set(asked))
+    if not config.low_rank:
+        return []
+    if not config.nested:
+        return [config.rows]
+    powers = [2**i for i in range(int(math.log2(config.rows)) + 1)]
+    allowed = config.rank_schedule().choices
+    return sorted({rank for rank in powers if rank in allowed} | {config.rows})
+
+
+def validation_rows(run: Run, options: SweepOptions) -> tuple[str, Any]:
+    """The name and the rows to evaluate on: as asked, or the validation rows of the run.
+
+    Raises:
+        ConfigError: neither the call nor the run names any.
+    """
+    data = _chosen(DataArguments, run.config)
+    text = run.config.get("dataset_text_field", "text")
+    if options.dataset is not None:
+        source = DataSource(
+            options.dataset,
+            split=options.split,
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+            text_column=text,
+            limit=options.limit,
+        )
+        return options.dataset, load_rows(source)
+    if (held := data.eval_source(text)) is not None:
+        rows = load_rows(held)
+    elif data.eval_size:
+        rows = split_rows(load_rows(data.source(text)), data.eval_size, run.config["seed"])[1]
+    else:
+        raise ConfigError(f"{run.folder}: the run had no validation rows; name some with --dataset")
+    limit = min(options.limit or len(rows), len(rows))
+    return data.eval_dataset or f"{data.eval_size:g} of {data.dataset}", rows.select(range(limit))
+
+
+def _chosen(kind: Any, config: dict[str, Any]) -> Any:
+    """The options of one kind out of a resolved configuration."""
+    return kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
+
+
+def _size(adapter: SavedAdapter, rank: int) -> dict[str, int]:
+    """Numbers that were trained, and bytes of the weights file that an export writes."""
+    if rank == 0:
+        tensors = adapter.tensors.values()
+        return {
+            "parameters": sum(t.numel() for t in tensors),
+            "bytes": (adapter.folder / "adapter_model.safetensors").stat().st_size,
+        }
+    trained = sum(a[:rank].numel() + b[:, :rank].numel() for _, a, b in adapter.layers())
+    return {"parameters": trained, "bytes": lora_size(adapter, rank)}
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )

@@ -1,0 +1,1 @@
+"""Training: data, the rank drawn per step, the trainer, the run folder."""

@@ -1,0 +1,168 @@
+"""The options of `anyrank train`: Hugging Face names, one text each, which is also the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from ..errors import ConfigError
+from ..tuner import AnyRankConfig
+from .data import DataSource
+
+_ADAPTER_TEXTS = {f.name: f.metadata.get("help", "") for f in fields(AnyRankConfig)}
+_ADAPTER_FIELDS = {  # option -> field of AnyRankConfig
+    "method": "method",
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_exclude_modules": "exclude_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "scale": "scale",
+    "nested": "nested",
+    "pool": "pool",
+    "repeat": "repeat",
+    "schedule": "schedule",
+    "ranks": "ranks",
+    "rank_unit": "rank_unit",
+    "ranks_per_step": "ranks_per_step",
+    "frozen_rows": "frozen_rows",
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _adapter_option(name: str, default: Any) -> Any:
+    return _option(default, _ADAPTER_TEXTS[_ADAPTER_FIELDS[name]])
+
+
+@dataclass
+class ModelArguments:
+    """The base model."""
+
+    model_name_or_path: str | None = _option(None, "Base model: a folder or a Hub name.")
+    model_revision: str = _option("main", "Branch, tag or commit on the Hub.")
+    dtype: str = _option("auto", "Base dtype: auto (as stored), bfloat16, float16 or float32.")
+    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, ...")
+    load_in_4bit: bool | None = _option(
+        None, "Hold the base in NF4; default: as the method says (qlora, qdylora, qbara, ...)."
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ConfigError(f"dtype={self.dtype!r} must be auto, bfloat16, float16 or float32")
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter and the ranks that a step trains."""
+
+    method: str = _adapter_option("method", "qdylora")
+    lora_r: int = _adapter_option("lora_r", 64)
+    lora_alpha: float = _adapter_option("lora_alpha", 16.0)
+    lora_dropout: float = _adapter_option("lora_dropout", 0.0)
+    lora_target_modules: list[str] | None = _adapter_option("lora_target_modules", None)
+    lora_exclude_modules: list[str] | None = _adapter_option("lora_exclude_modules", None)
+    lora_modules_to_save: list[str] | None = _adapter_option("lora_modules_to_save", None)
+    scale: str | None = _adapter_option("scale", None)
+    nested: bool | None = _adapter_option("nested", None)
+    pool: int | None = _adapter_option("pool", None)
+    repeat: int | None = _adapter_option("repeat", None)
+    schedule: str = _adapter_option("schedule", "uniform")
+    ranks: str | None = _adapter_option("ranks", None)
+    rank_unit: int = _adapter_option("rank_unit", 1)
+    ranks_per_step: int = _adapter_option("ranks_per_step", 1)
+    frozen_rows: bool = _adapter_option("frozen_rows", False)
+
+    def config(self) -> AnyRankConfig:
+        """The same choices as an adapter configuration."""
+        values = {
+            theirs: getattr(self, ours)
+            for ours, theirs in _ADAPTER_FIELDS.items()
+            if getattr(self, ours) is not None
+        }
+        values["ranks"] = rank_list(self.ranks, "ranks")
+        modules = values.get("target_modules")
+        if modules and len(modules) == 1:  # all-linear, or one regular expression
+            values["target_modules"] = modules[0]
+        return AnyRankConfig(task_type="CAUSAL_LM", **values)  # type: ignore[arg-type]
+
+
+@dataclass
+class DataArguments:
+    """The rows to learn from."""
+
+    dataset: str | None = _option(None, "Rows: .jsonl, .json, .csv, .parquet, or a Hub name.")
+    dataset_config: str | None = _option(None, "Configuration of a Hub data set.")
+    dataset_split: str = _option("train", "Split of a Hub data set or of a folder.")
+    eval_dataset: str | None = _option(None, "Validation rows, in the same formats.")
+    eval_split: str = _option("test", "Split of eval_dataset on the Hub or in a folder.")
+    eval_size: float | None = _option(
+        None, "Or hold out rows of the training set: a share below 1, or a count."
+    )
+    prompt_column: str | None = _option(None, "Column of the prompt, if it has another name.")
+    completion_column: str | None = _option(None, "Column of the completion, likewise.")
+    dataset_limit: int | None = _option(None, "Use only the first N rows.")
+
+    def source(self, text_column: str) -> DataSource:
+        """The training rows."""
+        assert self.dataset is not None
+        return self._source(self.dataset, self.dataset_split, text_column, self.dataset_limit)
+
+    def eval_source(self, text_column: str) -> DataSource | None:
+        """The validation rows, if they lie in a data set of their own."""
+        if self.eval_dataset is None:
+            return None
+        return self._source(self.eval_dataset, self.eval_split, text_column, None)
+
+    def _source(self, dataset: str, split: str, text: str, limit: int | None) -> DataSource:
+        return DataSource(
+            dataset,
+            name=self.dataset_config,
+            split=split,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            text_column=text,
+            limit=limit,
+        )
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """TRL's SFTConfig with the defaults of quantized fine-tuning."""
+
+    learning_rate: float = _option(2e-4, "Peak learning rate.")
+    warmup_steps: float = _option(0.03, "Warm-up: steps, or a share of all steps below 1.")
+    max_length: int | None = _option(1024, "Tokens of the longest row; longer ones are cut.")
+    gradient_checkpointing: bool | None = _option(
+        None, "Recompute activations to save memory; default: on a GPU only."
+    )
+
+    def __post_init__(self) -> None:
+        on_gpu = torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or not on_gpu
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = on_gpu
+        if getattr(self, "activation_checkpointing", False) is None:  # its newer name
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+
+
+def rank_list(text: str | None, name: str) -> list[int] | None:
+    """'1,2,4' as [1, 2, 4].
+
+    Raises:
+        ConfigError: an entry is not a positive whole number.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"{name}={text!r} must be whole numbers from 1, such as 1,2,4,8")
+    return sorted({int(part) for part in parts})

@@ -1,0 +1,88 @@
+"""Load the frozen base model and its tokenizer, in the precision that the method asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, MissingPackageError
+from ..methods import method
+from .arguments import ModelArguments
+
+
+def wants_4bit(arguments: ModelArguments, method_name: str) -> bool:
+    """Whether the base is held in NF4: as asked, or as the method's published base is."""
+    if arguments.load_in_4bit is not None:
+        return arguments.load_in_4bit
+    return method(method_name).base != "any"
+
+
+def load_base(arguments: ModelArguments, *, in_4bit: bool, trust_remote_code: bool) -> Any:
+    """The frozen model, on the GPU of this process where there is one.
+
+    Raises:
+        ConfigError: the model cannot be found or loaded.
+        MissingPackageError: NF4 without bitsandbytes.
+    """
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if in_4bit:
+        options["quantization_config"] = _nf4_config(arguments.dtype)
+    if torch.cuda.is_available():
+        options["device_map"] = {"": PartialState().local_process_index}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    return _from_pretrained(AutoModelForCausalLM, arguments, trust_remote_code, **options)
+
+
+def load_tokenizer(arguments: ModelArguments, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of the base, with a token to pad with."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, arguments, trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_pretrained(
+    kind: Any, arguments: ModelArguments, trust_remote_code: bool, **options: Any
+) -> Any:
+    name = arguments.model_name_or_path
+    if name is None:
+        raise ConfigError("model_name_or_path is missing; name a model folder or a Hub name")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"model_name_or_path={name}: the folder has no config.json")
+    if "dtype" not in options and hasattr(kind, "from_config"):
+        options["dtype"] = arguments.dtype
+    try:
+        return kind.from_pretrained(
+            name,
+            revision=arguments.model_revision,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model_name_or_path={name}: {reason}") from error
+
+
+def _nf4_config(dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            "an NF4 base needs bitsandbytes; pip install 'anyrank[nf4]', "
+            "or train on the float base with --load_in_4bit false"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+    )

@@ -1,0 +1,79 @@
+"""The link to the Transformers Trainer: a rank per optimizer step, without a line of user code.
+
+Every Trainer gets a `RankCallback` (see `anyrank.__init__`); without a nested adapter it is idle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import trainer as hf_trainer
+from transformers.trainer_callback import TrainerCallback
+
+from ..errors import ConfigError
+from .plan import RankPlan, active_adapters
+
+
+class RankCallback(TrainerCallback):
+    """Draws the ranks of each step from (seed, step) for every active nested adapter.
+
+    With several ranks per step, micro-batch i of a step trains rank i: the ranks share the batch.
+    """
+
+    def __init__(self) -> None:
+        self.plans: list[RankPlan] = []
+        self.micro_batch = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the nested adapters and guard their rows in the optimizer.
+
+        Raises:
+            ConfigError: the micro-batches of a step cannot be shared evenly by its ranks.
+        """
+        self._close()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        for name in active_adapters(model):
+            if not getattr(model.peft_config[name], "nested", False):
+                continue
+            plan = RankPlan(
+                model, optimizer, total=state.max_steps, seed=args.seed, adapter_name=name
+            )
+            self.plans.append(plan)
+            if args.gradient_accumulation_steps % plan.schedule.draws:
+                draws = plan.schedule.draws
+                plan.close()
+                raise ConfigError(
+                    f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be a "
+                    f"multiple of {draws}, the ranks that schedule={plan.schedule.kind!r} trains "
+                    f"per step; set it to {draws} and divide the batch size by {draws}"
+                )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw for this optimizer step and set the rank of its first micro-batch."""
+        self.micro_batch = 0
+        for plan in self.plans:
+            plan.begin(state.global_step)
+            plan.use(0)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the rank of the next micro-batch."""
+        self.micro_batch += 1
+        for plan in self.plans:
+            plan.use(self.micro_batch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluation and saving between steps see the whole adapter."""
+        for plan in self.plans:
+            plan.release()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of the model and the optimizer."""
+        self._close()
+
+    def _close(self) -> None:
+        for plan in self.plans:
+            plan.close()
+        self.plans = []
+
+
+hf_trainer.DEFAULT_CALLBACKS.append(RankCallback)

@@ -1,0 +1,75 @@
+"""The command line and the YAML of `anyrank train`, through TRL's parser, with clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from ..errors import ConfigError, nearest
+from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
+
+Chosen = tuple[ModelArguments, AdapterArguments, DataArguments, TrainArguments]
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see anyrank train --help")
+
+
+def parse_train(argv: Sequence[str]) -> Chosen:
+    """The options of a run, from `--config FILE.yaml` and `--key value`, which wins.
+
+    Raises:
+        ConfigError: an unknown key (the nearest names are offered), a value of the wrong type, a
+            config file that is missing or no mapping.
+    """
+    kinds: Any = (ModelArguments, AdapterArguments, DataArguments, TrainArguments)
+    parser = _Parser(kinds, prog="anyrank train", allow_abbrev=False)
+    arguments = list(argv)
+    if "--help_all" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    known = {action.dest for action in parser._actions}
+    _check_config_file(arguments, known)
+    try:
+        *chosen, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from error
+    for word in unknown:
+        if word.startswith("-"):
+            key = word.lstrip("-").split("=")[0]
+            raise ConfigError(f"option --{key} is unknown; {nearest_option(key, known)}")
+        raise ConfigError(f"{word!r} belongs to no option; write --key value")
+    return tuple(chosen)  # type: ignore[return-value]
+
+
+def nearest_option(key: str, known: set[str]) -> str:
+    """The nearest options, or where to see all of them."""
+    text = nearest(key, known)
+    return text if text.startswith("did you") else "anyrank train --help_all lists every key"
+
+
+def _check_config_file(arguments: list[str], known: set[str]) -> None:
+    if "--config" not in arguments:
+        return
+    position = arguments.index("--config") + 1
+    if position >= len(arguments):
+        raise ConfigError("--config needs the path of a YAML file")
+    path = Path(arguments[position])
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: must hold one 'key: value' per line")
+    for key in values:
+        if key not in known and key != "env":
+            raise ConfigError(f"--config {path}: key {key!r}: {nearest_option(str(key), known)}")

@@ -1,0 +1,156 @@
+"""Which rank each micro-batch trains, and rows that were not trained stay where they are.
+
+Zero gradients do not keep a row still: AdamW's momentum and weight decay move it all the same
+(measured: 0.0067, then 0.0052 of a step of 0.01). So the rows outside of a step's draw are copied
+before `optimizer.step()` and written back after it, through the hooks that every torch optimizer
+has, whatever it computes inside (fused, foreach, paged 8-bit). Their moments see a zero gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..schedule import Draw, Schedule
+from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
+
+
+class RankPlan:
+    """The ranks of one adapter over a training run, for a loop written by hand.
+
+        plan = RankPlan(model, optimizer, total=steps, seed=0)
+        for step, batch in enumerate(batches):
+            for rank in plan.ranks(step):
+                (model(**batch).loss / plan.schedule.draws).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        plan.close()
+
+    With a Transformers Trainer, `RankCallback` does this.
+
+    Args:
+        model: a PEFT model with an anyrank adapter.
+        optimizer: the optimizer that holds the adapter's parameters.
+        total: optimizer steps of the whole run.
+        seed: seed of the draws.
+        schedule: the rule; None: the one of the adapter's configuration.
+        adapter_name: which adapter; None: the active one.
+
+    Raises:
+        ConfigError: the model holds no such adapter, or the optimizer none of its parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        total: int,
+        seed: int,
+        schedule: Schedule | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        self.name, config = _adapter(model, adapter_name)
+        self.layers = [layer for _, layer in adapter_layers(model) if self.name in layer.adapters]
+        self.schedule = schedule or config.rank_schedule()
+        self.total, self.seed = total, seed
+        self._draw = Draw((config.rows,))
+        self._trained = self._draw.trained
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for layer in self.layers for p in layer.parameters()):
+            raise ConfigError(
+                f"adapter {self.name!r}: the optimizer holds none of its parameters; "
+                "build the optimizer after get_peft_model"
+            )
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._keep()),
+            optimizer.register_step_post_hook(lambda *_: self._put_back()),
+        ]
+
+    def ranks(self, step: int) -> Iterator[int]:
+        """Set the ranks of a step one after another; run a forward and backward at each."""
+        for i, rank in enumerate(self.begin(step).ranks):
+            self.use(i)
+            yield rank
+
+    def begin(self, step: int) -> Draw:
+        """Draw for optimizer step `step`, counted from 0; nothing is set yet."""
+        self._draw = self.schedule(step, self.total, self.seed)
+        self._trained = range(0)
+        return self._draw
+
+    def use(self, micro_batch: int) -> int:
+        """Set the rank of a micro-batch of this step and return it."""
+        rank = self._draw.ranks[micro_batch % len(self._draw.ranks)]
+        self._set(rank, self._draw.first)
+        stop = max(rank, self._trained.stop)
+        self._trained = range(self._draw.first, stop)
+        return rank
+
+    def release(self) -> None:
+        """Back to the largest rank, all rows trainable: for evaluation and saving."""
+        self._set(self.schedule.rows, 0)
+
+    def close(self) -> None:
+        """Release, and take the hooks off the optimizer."""
+        self.release()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _set(self, rank: int, first: int) -> None:
+        for layer in self.layers:
+            layer.set_rank(self.name, rank, first)
+
+    def _keep(self) -> None:
+        start, stop = self._trained.start, self._trained.stop
+        self._kept = [
+            (part, part.clone())
+            for layer in self.layers
+            for part in _rows_outside(layer, self.name, start, stop)
+        ]
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for part, before in self._kept:
+            part.copy_(before)
+        self._kept = []
+
+
+def _rows_outside(layer: AnyRankLinear, name: str, start: int, stop: int) -> Iterator[Tensor]:
+    """Views of the rows of A and the columns of B outside of [start, stop) that could move."""
+    for parameter, row_first in ((layer.anyrank_A[name], True), (layer.anyrank_B[name], False)):
+        if parameter.grad is None:
+            continue
+        matrix = parameter.detach() if row_first else parameter.detach().T
+        for part in (matrix[:start], matrix[stop:]):
+            if part.numel():
+                yield part
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Names of the adapters in use; none for a model that PEFT has not touched."""
+    if not getattr(model, "peft_config", None):
+        return []
+    active = model.active_adapters
+    return list(active() if callable(active) else active)  # Transformers' own mixin: a method
+
+
+def _adapter(model: Any, name: str | None) -> tuple[str, AnyRankConfig]:
+    """The named or the active anyrank adapter with its configuration."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if name is None:
+        name = next(iter(active_adapters(model)), "default")
+    config = configs.get(name)
+    if not isinstance(config, AnyRankConfig) or not config.low_rank:
+        raise ConfigError(
+            f"adapter {name!r} is no low-rank anyrank adapter of this model; "
+            f"it has {', '.join(sorted(configs)) or 'none'}; use "
+            "get_peft_model(model, AnyRankConfig(...)) first"
+        )
+    return name, config

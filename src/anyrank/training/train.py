@@ -1,0 +1,222 @@
+"""`anyrank train`: one adapter, every rank, one run folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import time
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+from transformers.trainer_callback import TrainerCallback
+from trl import SFTTrainer
+
+from ..errors import ConfigError
+from ..files import new_files, require_disk, write_json, write_text
+from ..tuner import AnyRankConfig
+from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
+from .base import load_base, load_tokenizer, wants_4bit
+from .card import model_card
+from .data import load_rows, split_rows
+from .run import METRICS, RESULT, check_output, claim, newest_checkpoint
+from .tokens import tokenize_rows
+
+_PACKAGES = ("anyrank", "torch", "transformers", "peft", "trl", "bitsandbytes")
+logger = logging.getLogger("anyrank")
+
+
+def train(
+    model: ModelArguments, adapter: AdapterArguments, data: DataArguments, args: TrainArguments
+) -> dict[str, Any]:
+    """Train, save, and return what result.json holds.
+
+    Raises:
+        AnyRankError: anything about the input that is not as needed, before training starts.
+    """
+    folder = Path(args.output_dir or "")
+    resume = args.resume_from_checkpoint not in (None, "", "false", "False", False)
+    if data.dataset is None:
+        raise ConfigError("dataset is missing; name a .jsonl, .json, .csv, .parquet file or a Hub")
+    if args.output_dir is None:
+        raise ConfigError("output_dir is missing; name the folder of this run")
+    config = adapter.config()
+    check_output(folder, resume)
+    in_4bit = wants_4bit(model, adapter.method)
+    tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+    _use_chat_template(tokenizer, args)
+    rows, held_out = read_data(data, args, tokenizer)
+    set_seed(args.seed)
+    base = load_base(model, in_4bit=in_4bit, trust_remote_code=args.trust_remote_code)
+    base.config.use_cache = False
+    options = resolved(model, adapter, data, args, config, in_4bit)
+    trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
+    _require_room(trainer, folder)
+    claim(folder, options)
+    return _fit(trainer, folder, options, tokenizer, _checkpoint(args, folder) if resume else None)
+
+
+def read_data(
+    data: DataArguments, args: TrainArguments, tokenizer: Any
+) -> tuple[Dataset, Dataset | None]:
+    """Training rows and validation rows as token ids and labels."""
+    rows = load_rows(data.source(args.dataset_text_field))
+    held_out = None
+    if (source := data.eval_source(args.dataset_text_field)) is not None:
+        held_out = load_rows(source)
+    elif data.eval_size:
+        rows, held_out = split_rows(rows, data.eval_size, args.seed)
+    completion_only = args.completion_only_loss is not False
+    tokens = []
+    for name, part in (("training", rows), ("validation", held_out)):
+        if part is None:
+            tokens.append(None)
+            continue
+        ids, report = tokenize_rows(
+            part, tokenizer, max_length=args.max_length, completion_only=completion_only
+        )
+        logger.info("%s: %s", name, report.sentence(args.max_length))
+        tokens.append(ids)
+    return tokens[0], tokens[1]
+
+
+def resolved(
+    model: ModelArguments,
+    adapter: AdapterArguments,
+    data: DataArguments,
+    args: TrainArguments,
+    config: AnyRankConfig,
+    in_4bit: bool,
+) -> dict[str, Any]:
+    """Every choice of the run: ours in full, the Trainer's where they differ from its defaults."""
+    options = {**asdict(model), **asdict(adapter), **asdict(data)}
+    options |= {"load_in_4bit": in_4bit, "scale": config.scale, "nested": config.nested}
+    options |= {"pool": config.pool, "repeat": config.repeat}
+    stated = {"learning_rate", "per_device_train_batch_size", "seed", "max_length", "output_dir"}
+    given = args.to_dict()
+    for field in fields(args):
+        default = None if field.default is MISSING else field.default
+        value = given.get(field.name)
+        plain = isinstance(value, str | int | float | bool | list)
+        if field.init and plain and (field.name in stated or value != default):
+            options[field.name] = value
+    for name in ("resume_from_checkpoint", "hub_token", "accelerator_config"):
+        options.pop(name, None)
+    return options
+
+
+def _use_chat_template(tokenizer: Any, args: TrainArguments) -> None:
+    """Rows are tokenized before the trainer sees them, so the template is set here."""
+    path, args.chat_template_path = args.chat_template_path, None
+    args.assistant_only_loss = False  # labels already lie on the assistant's turns alone
+    if path is None:
+        return
+    if Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+
+
+def _trainer(
+    base: Any,
+    args: TrainArguments,
+    rows: Dataset,
+    held_out: Dataset | None,
+    tokenizer: Any,
+    config: AnyRankConfig,
+    folder: Path,
+) -> SFTTrainer:
+    trainer = SFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=[MetricsCallback(folder / METRICS)],
+    )
+    for parameter in trainer.model.parameters():  # TRL rounds adapters of a 4-bit base to bf16
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def _require_room(trainer: SFTTrainer, folder: Path) -> None:
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    checkpoint = 4 * trained * 3  # weights and two moments, fp32
+    kept = trainer.args.save_total_limit or 3
+    count = 0 if trainer.args.save_strategy == "no" else kept
+    require_disk(folder, 4 * trained + count * checkpoint + 50_000_000, "a run of this adapter")
+
+
+def _checkpoint(args: TrainArguments, folder: Path) -> Path:
+    asked = str(args.resume_from_checkpoint)
+    return newest_checkpoint(folder) if asked.lower() == "true" else Path(asked)
+
+
+def _fit(
+    trainer: SFTTrainer,
+    folder: Path,
+    options: dict[str, Any],
+    tokenizer: Any,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {
+        "steps": outcome.global_step,
+        "train_loss": round(outcome.training_loss, 6),
+        "seconds": round(seconds, 1),
+        "trainable_parameters": sum(
+            p.numel() for p in trainer.model.parameters() if p.requires_grad
+        ),
+    }
+    if trainer.eval_dataset is not None:
+        result["eval_loss"] = round(trainer.evaluate()["eval_loss"], 6)
+    result["versions"] = _versions()
+    if trainer.is_world_process_zero():
+        with new_files(folder) as beside:
+            trainer.model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            write_text(beside / "README.md", model_card(options, result))
+        write_json(folder / RESULT, result)
+    return result
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class MetricsCallback(TrainerCallback):
+    """metrics.jsonl: one line per log of the Trainer; a resume continues after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the lines of steps that will be done again."""
+        if not (state.is_world_process_zero and self.path.exists()):
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Append the figures of this step."""
+        if state.is_world_process_zero and logs:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

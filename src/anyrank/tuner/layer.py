@@ -1,0 +1,189 @@
+"""One adapted layer: y = W x + s_k R C_k P x, for any base weight and any method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..algebra import LOW_RANK, Geometry, adapter_output, delta_weight, rows, scale_at
+from ..errors import LayerError, MergeError, RankError
+from ..quant import FrozenWeight, frozen_weight
+from .config import AnyRankConfig
+
+
+@dataclass
+class Adapter:
+    """What a layer knows about one of its adapters.
+
+    Attributes:
+        geometry: the adapter's shape on this layer.
+        scale_name: a key of `algebra.SCALES`.
+        alpha: its strength.
+        r: the nominal rank of the whole adapter, for the scale.
+        rank: the rows in use (0 for a dense core).
+        first: the first row that is trained; rows below pass no gradient.
+    """
+
+    geometry: Geometry
+    scale_name: str
+    alpha: float
+    r: int
+    rank: int
+    first: int = 0
+
+    @property
+    def scale(self) -> float:
+        """s_k at the rank in use; a dense core always counts as rank r."""
+        rows = self.geometry.rows
+        k = self.r * self.rank / rows if rows else self.r
+        return scale_at(self.scale_name, self.alpha, k, self.r)
+
+
+class AnyRankLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with any number of named adapters."""
+
+    adapter_layer_names = ("anyrank_A", "anyrank_B", "anyrank_S")
+    other_param_names = ("adapters", "anyrank_dropout")
+
+    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_name = layer_name
+        weight = self.base_weight
+        weight.prepare()
+        self.in_features, self.out_features = weight.d_in, weight.d_out
+        self.adapters: dict[str, Adapter] = {}
+        self.anyrank_A = nn.ParameterDict()
+        self.anyrank_B = nn.ParameterDict()
+        self.anyrank_S = nn.ParameterDict()
+        self.anyrank_dropout = nn.ModuleDict()
+        self.frozen_peft_weight_names = {}
+        self.merged_adapters: list[str] = []
+
+    @property
+    def base_weight(self) -> FrozenWeight:
+        """The frozen weight W behind its storage."""
+        return frozen_weight(self.get_base_layer(), self.layer_name)
+
+    def add_adapter(self, name: str, config: AnyRankConfig) -> None:
+        """Attach a fresh adapter, which changes no output: B = 0, or S = 0."""
+        geometry = config.geometry(self.in_features, self.out_features)
+        geometry.check(self.layer_name)
+        assert config.scale is not None
+        self.adapters[name] = Adapter(
+            geometry, config.scale, config.lora_alpha, config.r, geometry.rows
+        )
+        if geometry.core == LOW_RANK:
+            a_shape, b_shape = geometry.shapes
+            self.anyrank_A[name] = nn.Parameter(torch.empty(a_shape))
+            self.anyrank_B[name] = nn.Parameter(torch.zeros(b_shape))
+            nn.init.kaiming_uniform_(self.anyrank_A[name], a=math.sqrt(5))
+        else:
+            self.anyrank_S[name] = nn.Parameter(torch.zeros(geometry.core_shape))
+        if config.lora_dropout:
+            self.anyrank_dropout[name] = nn.Dropout(config.lora_dropout)
+        if config.preset.frozen_a:
+            self.frozen_peft_weight_names[name] = ("anyrank_A",)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_rank(self, name: str, rank: int, first: int = 0) -> None:
+        """Use the first `rank` rows; rows below `first` pass no gradient.
+
+        Raises:
+            RankError: the adapter has no ranks, or not this one, or it is merged.
+        """
+        adapter = self.adapters[name]
+        limit = adapter.geometry.rows
+        if adapter.geometry.core != LOW_RANK:
+            raise RankError(
+                f"adapter {name!r}: rank {rank} asked for, but its core is one dense matrix "
+                "without ranks; train a low-rank method to choose a rank"
+            )
+        if not 1 <= rank <= limit:
+            raise RankError(f"adapter {name!r}: rank {rank} must lie in 1..{limit}")
+        if name in self.merged_adapters and rank != adapter.rank:
+            raise RankError(f"adapter {name!r} is merged at rank {adapter.rank}; unmerge it first")
+        adapter.rank, adapter.first = rank, first
+
+    def core(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors in use: (A[:k], B[:, :k]) or (S,)."""
+        adapter = self.adapters[name]
+        if adapter.geometry.core == LOW_RANK:
+            return rows(self.anyrank_A[name], self.anyrank_B[name], adapter.rank, adapter.first)
+        return (self.anyrank_S[name],)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., d_in] to [..., d_out]: the base layer plus every active adapter."""
+        if "adapter_names" in kwargs:
+            raise LayerError(
+                "adapter_names: one adapter per row of a batch is not supported; "
+                "export the adapters as LoRA and serve them with PEFT or vLLM"
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for name in self.active_adapters:
+            if name in self.adapters:
+                y = y + self.adapter_forward(x, name).to(y.dtype)
+        return y
+
+    def adapter_forward(self, x: Tensor, name: str) -> Tensor:
+        """s_k R C_k P x; only the small factors are cast to the dtype of x."""
+        adapter = self.adapters[name]
+        if name in self.anyrank_dropout:
+            x = self.anyrank_dropout[name](x)
+        core = [factor.to(x.dtype) for factor in self.core(name)]
+        return adapter_output(x, core, adapter.geometry.p, adapter.geometry.q, adapter.scale)
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """s_k R C_k P as a matrix [d_out, d_in], in the dtype of the adapter."""
+        adapter = self.adapters[name]
+        core = [factor.detach() for factor in self.core(name)]
+        return delta_weight(core, adapter.geometry.p, adapter.geometry.q, adapter.scale)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W += delta W at the rank in use.
+
+        Raises:
+            MergeError: the base cannot take the update without loss, or (with `safe_merge`) the
+                update is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adapters:
+                continue
+            geometry = self.adapters[name].geometry
+            if obstacle := self.base_weight.fold_obstacle(geometry.p, geometry.q):
+                raise MergeError(
+                    f"{self.layer_name}: {obstacle}; keep the adapter beside the base "
+                    "(anyrank export), or load the base unquantized and merge there"
+                )
+            delta = self.get_delta_weight(name)
+            if safe_merge and not torch.isfinite(delta).all():
+                raise MergeError(f"{self.layer_name}: adapter {name!r} holds NaN or infinity")
+            self.base_weight.fold(delta)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """W -= delta W of every merged adapter (equal up to one rounding of W's dtype)."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            self.base_weight.fold(-self.get_delta_weight(name))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may read this layer's delta."""
+        return True
+
+    def extra_repr(self) -> str:
+        """The adapters with their ranks."""
+        return ", ".join(
+            f"{name}: rank {a.rank}/{a.geometry.rows}" if a.rank else f"{name}: dense"
+            for name, a in self.adapters.items()
+        )

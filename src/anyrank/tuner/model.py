@@ -1,0 +1,116 @@
+"""The tuner that PEFT builds around a model: plan every layer, then attach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from ..errors import ConfigError, LayerError, nearest
+from ..quant import frozen_weight
+from .config import AnyRankConfig
+from .layer import AnyRankLinear
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AnyRankLinear]]:
+    """Every adapted layer with its name, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AnyRankLinear):
+            yield name, module
+
+
+class RankScope:
+    """The handle that `set_rank` returns: as a context manager it restores the ranks before."""
+
+    def __init__(self, layers: list[tuple[AnyRankLinear, str]]) -> None:
+        self._before = [
+            (layer, name, layer.adapters[name].rank, layer.adapters[name].first)
+            for layer, name in layers
+        ]
+
+    def __enter__(self) -> RankScope:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for layer, name, rank, first in self._before:
+            layer.set_rank(name, rank, first)
+
+
+class AnyRankModel(BaseTuner):
+    """A model whose linear layers hold any-rank adapters; made by `peft.get_peft_model`."""
+
+    prefix = "anyrank_"
+    tuner_layer_cls = AnyRankLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own attribute)
+
+    def set_rank(self, rank: int, adapter_name: str | None = None, *, first: int = 0) -> RankScope:
+        """Use the first `rank` rows of an adapter, from now on or within a `with` block.
+
+        Args:
+            rank: rows to use, 1..rows of the adapter.
+            adapter_name: which adapter; None: every active one.
+            first: rows below it pass no gradient (DyLoRA's frozen mode).
+
+        Raises:
+            ConfigError: there is no adapter of this name.
+            RankError: a layer does not hold that rank; no layer is changed then.
+        """
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        for name in names:
+            if name not in self.peft_config:
+                raise ConfigError(f"adapter {name!r} is unknown; {nearest(name, self.peft_config)}")
+        chosen = [
+            (layer, name)
+            for _, layer in adapter_layers(self.model)
+            for name in names
+            if name in layer.adapters
+        ]
+        scope = RankScope(chosen)
+        try:
+            for layer, name in chosen:
+                layer.set_rank(name, rank, first)
+        except Exception:
+            scope.__exit__()
+            raise
+        return scope
+
+    def _prepare_model(self, peft_config: AnyRankConfig, model: nn.Module) -> None:
+        """Check every targeted layer before the first one is replaced."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        inside = [name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, module in model.named_modules():
+            if not name or any(name.startswith(prefix) for prefix in inside):
+                continue
+            if self._check_target_module_exists(peft_config, name):
+                self._plan(peft_config, name, module)
+
+    @staticmethod
+    def _plan(peft_config: AnyRankConfig, name: str, module: nn.Module) -> None:
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, AnyRankLinear):
+            raise LayerError(
+                f"{name}: already holds a {type(module).__name__} of PEFT; "
+                "merge or unload that adapter first"
+            )
+        base = module.get_base_layer() if isinstance(module, AnyRankLinear) else module
+        weight = frozen_weight(base, name)
+        peft_config.geometry(weight.d_in, weight.d_out).check(name)
+
+    def _create_and_replace(
+        self,
+        peft_config: AnyRankConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, AnyRankLinear):
+            target.add_adapter(adapter_name, peft_config)
+            return
+        layer = AnyRankLinear(target, current_key)
+        layer._active_adapter = adapter_name
+        layer.add_adapter(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
