@@ -222,6 +222,4 @@ def _keep_buffers(argv: list[str]) -> None:
     """
     if not sys.platform.startswith("linux") or any(key in os.environ for key in _MALLOC):
         return
-    os.execve(
-        sys.executable, [sys.executable, "-m", "anyrank", *argv], {**os.environ, **_MALLOC}
-    )
+    os.execve(sys.executable, [sys.executable, "-m", "anyrank", *argv], {**os.environ, **_MALLOC})

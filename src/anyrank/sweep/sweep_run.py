@@ -61,7 +61,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     )
     base = load_base(arguments, in_4bit=run.config["load_in_4bit"], trust_remote_code=trust)
     model = PeftModel.from_pretrained(base, str(run.folder))
-    examples = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
+    examples = rows.to_list()
     answers = None
     if options.exact_match:
         answers = exact_match(

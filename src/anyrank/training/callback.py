@@ -76,4 +76,4 @@ class RankCallback(TrainerCallback):
         self.plans = []
 
 
-hf_trainer.DEFAULT_CALLBACKS.append(RankCallback)
+hf_trainer.DEFAULT_CALLBACKS.append(RankCallback)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from trl import TrlParser
+from trl.scripts.utils import TrlParser
 
 from ..errors import ConfigError, nearest
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments

@@ -137,7 +137,7 @@ def active_adapters(model: Any) -> list[str]:
     """Names of the adapters in use; none for a model that PEFT has not touched."""
     if not getattr(model, "peft_config", None):
         return []
-    active = model.active_adapters
+    active: Any = model.active_adapters
     return list(active() if callable(active) else active)  # Transformers' own mixin: a method
 
 

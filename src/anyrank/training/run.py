@@ -1,10 +1,10 @@
 """A run is a folder: config.yaml goes in first, result.json last; done is the last file.
 
-    config.yaml                 every choice, resolved; `anyrank train --config` reads it back
-    metrics.jsonl               one line per logged step
-    checkpoint-N/               to resume from
-    adapter_model.safetensors   with adapter_config.json, anyrank.json, the tokenizer and a card
-    result.json                 the figures of the finished run
+config.yaml                 every choice, resolved; `anyrank train --config` reads it back
+metrics.jsonl               one line per logged step
+checkpoint-N/               to resume from
+adapter_model.safetensors   with adapter_config.json, anyrank.json, the tokenizer and a card
+result.json                 the figures of the finished run
 """
 
 from __future__ import annotations

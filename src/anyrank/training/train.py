@@ -6,14 +6,14 @@ import importlib.metadata
 import json
 import logging
 import time
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
 from transformers.trainer_callback import TrainerCallback
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import ConfigError
 from ..files import new_files, require_disk, write_json, write_text
@@ -95,15 +95,14 @@ def resolved(
     options = {**asdict(model), **asdict(adapter), **asdict(data)}
     options |= {"load_in_4bit": in_4bit, "scale": config.scale, "nested": config.nested}
     options |= {"pool": config.pool, "repeat": config.repeat}
+    usual = TrainArguments(output_dir=args.output_dir)
     stated = {"learning_rate", "per_device_train_batch_size", "seed", "max_length", "output_dir"}
-    given = args.to_dict()
     for field in fields(args):
-        default = None if field.default is MISSING else field.default
-        value = given.get(field.name)
-        plain = isinstance(value, str | int | float | bool | list)
-        if field.init and plain and (field.name in stated or value != default):
-            options[field.name] = value
-    for name in ("resume_from_checkpoint", "hub_token", "accelerator_config"):
+        value = getattr(args, field.name)
+        plain = field.init and isinstance(value, str | int | float | bool | list)
+        if plain and (field.name in stated or value != getattr(usual, field.name)):
+            options[field.name] = getattr(value, "value", value)  # an enum by its value
+    for name in ("resume_from_checkpoint", "hub_token"):
         options.pop(name, None)
     return options
 
@@ -140,14 +139,20 @@ def _trainer(
         peft_config=config,
         callbacks=[MetricsCallback(folder / METRICS)],
     )
-    for parameter in trainer.model.parameters():  # TRL rounds adapters of a 4-bit base to bf16
+    model: Any = trainer.model
+    for parameter in model.parameters():  # TRL rounds adapters of a 4-bit base to bf16
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
 
 
+def _trained(trainer: SFTTrainer) -> int:
+    model: Any = trainer.model
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def _require_room(trainer: SFTTrainer, folder: Path) -> None:
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained = _trained(trainer)
     checkpoint = 4 * trained * 3  # weights and two moments, fp32
     kept = trainer.args.save_total_limit or 3
     count = 0 if trainer.args.save_strategy == "no" else kept
@@ -173,16 +178,15 @@ def _fit(
         "steps": outcome.global_step,
         "train_loss": round(outcome.training_loss, 6),
         "seconds": round(seconds, 1),
-        "trainable_parameters": sum(
-            p.numel() for p in trainer.model.parameters() if p.requires_grad
-        ),
+        "trainable_parameters": _trained(trainer),
     }
     if trainer.eval_dataset is not None:
         result["eval_loss"] = round(trainer.evaluate()["eval_loss"], 6)
     result["versions"] = _versions()
     if trainer.is_world_process_zero():
+        model: Any = trainer.model
         with new_files(folder) as beside:
-            trainer.model.save_pretrained(beside)
+            model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             write_text(beside / "README.md", model_card(options, result))
         write_json(folder / RESULT, result)
