@@ -51,5 +51,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
-        return f"did you mean {' or '.join(close)}?"
+        return f"did you mean {', '.join(close[:-1]) + ' or ' if close[1:] else ''}{close[-1]}?"
     return f"known: {', '.join(known)}"

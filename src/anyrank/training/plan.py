@@ -3,7 +3,12 @@
 Zero gradients do not keep a row still: AdamW's momentum and weight decay move it all the same
 (measured: 0.0067, then 0.0052 of a step of 0.01). So the rows outside of a step's draw are copied
 before `optimizer.step()` and written back after it, through the hooks that every torch optimizer
-has, whatever it computes inside (fused, foreach, paged 8-bit). Their moments see a zero gradient.
+has, whatever it computes inside (fused, foreach, paged).
+
+Their moments are kept as well. Were only the weights put back, a gradient would act in the one
+step that saw it, with 1 - beta1 = 0.1 of its weight, and not in the steps after it: rows that are
+drawn rarely would hardly learn. Moments in 8 bits are the exception: their blocks span rows, so
+they see a zero gradient.
 """
 
 from __future__ import annotations
@@ -61,9 +66,9 @@ class RankPlan:
         self._draw = Draw((config.rows,))
         self._trained = self._draw.trained
         self._kept: list[tuple[Tensor, Tensor]] = []
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for layer in self.layers for p in layer.parameters()):
+        if not any(id(layer.anyrank_B[self.name]) in held for layer in self.layers):
             raise ConfigError(
                 f"adapter {self.name!r}: the optimizer holds none of its parameters; "
                 "build the optimizer after get_peft_model"
@@ -112,8 +117,23 @@ class RankPlan:
         self._kept = [
             (part, part.clone())
             for layer in self.layers
-            for part in _rows_outside(layer, self.name, start, stop)
+            for tensor, by_column in self._moved(layer)
+            for part in _rows_outside(tensor.T if by_column else tensor, start, stop)
         ]
+
+    def _moved(self, layer: AnyRankLinear) -> Iterator[tuple[Tensor, bool]]:
+        """What a step changes in A and B: the weights and the moments; and whether by column."""
+        for parameter, by_column in (
+            (layer.anyrank_A[self.name], False),
+            (layer.anyrank_B[self.name], True),
+        ):
+            if parameter.grad is None:
+                continue
+            yield parameter.detach(), by_column
+            for value in self.optimizer.state[parameter].values():
+                floating = isinstance(value, Tensor) and value.is_floating_point()
+                if floating and value.shape == parameter.shape:
+                    yield value, by_column
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -122,15 +142,11 @@ class RankPlan:
         self._kept = []
 
 
-def _rows_outside(layer: AnyRankLinear, name: str, start: int, stop: int) -> Iterator[Tensor]:
-    """Views of the rows of A and the columns of B outside of [start, stop) that could move."""
-    for parameter, row_first in ((layer.anyrank_A[name], True), (layer.anyrank_B[name], False)):
-        if parameter.grad is None:
-            continue
-        matrix = parameter.detach() if row_first else parameter.detach().T
-        for part in (matrix[:start], matrix[stop:]):
-            if part.numel():
-                yield part
+def _rows_outside(matrix: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """Views of the rows of a matrix outside of [start, stop)."""
+    for part in (matrix[:start], matrix[stop:]):
+        if part.numel():
+            yield part
 
 
 def active_adapters(model: Any) -> list[str]:

@@ -76,6 +76,13 @@ class AnyRankModel(BaseTuner):
             raise
         return scope
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast as PEFT does, which makes new parameters; what was frozen stays frozen."""
+        trained = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
     def _prepare_model(self, peft_config: AnyRankConfig, model: nn.Module) -> None:
         """Check every targeted layer before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)

@@ -1,0 +1,106 @@
+"""Schedules: pure functions of (step, total, seed)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from anyrank.errors import ConfigError, RankError
+from anyrank.schedule import Draw, Schedule
+
+
+def draws(schedule: Schedule, steps: int = 4000, seed: int = 0) -> list[Draw]:
+    return [schedule(step, steps, seed) for step in range(steps)]
+
+
+def test_uniform_draws_every_rank_about_equally_often():
+    counts = Counter(draw.ranks[0] for draw in draws(Schedule(8)))
+    assert set(counts) == set(range(1, 9))
+    assert all(430 < count < 570 for count in counts.values())
+
+
+def test_a_list_and_a_unit_restrict_the_ranks():
+    assert {d.ranks[0] for d in draws(Schedule(64, ranks=(1, 2, 64)), 200)} == {1, 2, 64}
+    assert {d.ranks[0] for d in draws(Schedule(12, unit=4), 200)} == {4, 8, 12}
+
+
+def test_frozen_trains_only_the_last_unit_of_the_prefix():
+    for draw in draws(Schedule(12, unit=4, frozen=True), 50):
+        assert draw.first == draw.ranks[0] - 4
+        assert draw.trained == range(draw.ranks[0] - 4, draw.ranks[0])
+
+
+def test_several_ranks_per_step_are_distinct_and_train_up_to_the_largest():
+    schedule = Schedule(16, per_step=3)
+    assert schedule.draws == 3
+    for draw in draws(schedule, 50):
+        assert len(set(draw.ranks)) == 3
+        assert draw.trained == range(max(draw.ranks))
+
+
+def test_sandwich_is_the_largest_the_smallest_and_one_between():
+    schedule = Schedule(16, kind="sandwich")
+    assert schedule.draws == 3
+    found = [draw.ranks for draw in draws(schedule, 300)]
+    assert {ranks[:2] for ranks in found} == {(16, 1)}
+    assert {ranks[2] for ranks in found} == set(range(2, 16))
+
+
+@pytest.mark.parametrize(("ranks", "wanted"), [((4,), (4,)), ((2, 4), (4, 2))])
+def test_a_short_sandwich_repeats_no_rank(ranks, wanted):
+    schedule = Schedule(4, kind="sandwich", ranks=ranks)
+    assert schedule(0, 1, 0).ranks == wanted
+    assert schedule.draws == len(wanted)
+
+
+def test_full_is_always_the_largest():
+    assert {draw.ranks for draw in draws(Schedule(8, kind="full"), 20)} == {(8,)}
+
+
+def test_draws_follow_seed_and_step_and_leave_the_global_state_alone():
+    random.seed(7)
+    before = random.getstate()
+    first = draws(Schedule(64), 30, seed=1)
+    assert random.getstate() == before
+    random.seed(8)
+    assert draws(Schedule(64), 30, seed=1) == first
+    assert draws(Schedule(64), 30, seed=2) != first
+
+
+def test_a_draw_is_the_same_on_every_machine():
+    ranks = [Schedule(64)(step, 100, 42).ranks[0] for step in range(8)]
+    assert ranks == PINNED
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"kind": "sandwhich"}, ConfigError, "schedule='sandwhich' is unknown; did you mean sandwich?"),
+        ({"unit": 3}, ConfigError, "rank_unit=3 must divide the rank 8"),
+        (
+            {"ranks": (4, 16)},
+            RankError,
+            "schedule rank 16 must be a multiple of rank_unit=1 in 1..8, the largest rank",
+        ),
+        (
+            {"ranks": (1, 2), "per_step": 3},
+            ConfigError,
+            "ranks_per_step=3 must lie in 1..2, the number of ranks to choose from",
+        ),
+        (
+            {"frozen": True, "kind": "sandwich"},
+            ConfigError,
+            "frozen_rows trains one prefix per step: it needs schedule='uniform' and "
+            "ranks_per_step=1, got 'sandwich' and 1",
+        ),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_makes_no_sense_is_refused(options, kind, text):
+    with pytest.raises(kind) as error:
+        Schedule(8, **options)
+    assert str(error.value) == text
+
+
+PINNED = [8, 36, 30, 3, 2, 39, 31, 48]

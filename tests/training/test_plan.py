@@ -1,0 +1,154 @@
+"""Promise 5: a row that a step does not train is not moved by it, nor are its moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import IDS, adapted, layers, llama
+
+import anyrank
+from anyrank.errors import ConfigError
+
+LR = 0.01
+
+
+def rows_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """A and B of every layer as one matrix per layer, a row per rank."""
+    return [
+        torch.cat((layer.anyrank_A["default"], layer.anyrank_B["default"].T), dim=1)
+        .detach()
+        .clone()
+        for layer in layers(model)
+    ]
+
+
+def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(trained, LR, momentum=0.9, weight_decay=0.1)
+    return torch.optim.AdamW(trained, LR, weight_decay=0.1, fused=name == "fused")
+
+
+def step(model, plan, optimizer, number: int) -> None:
+    for _ in plan.ranks(number):
+        (model(IDS, labels=IDS).loss / plan.schedule.draws).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "fused", "sgd"])
+@pytest.mark.parametrize(
+    "options", [{}, {"frozen_rows": True}, {"rank_unit": 2}, {"ranks_per_step": 2}]
+)
+def test_rows_that_were_not_drawn_do_not_move(options, optimizer_name):
+    model = adapted(llama(), r=8, **options)
+    optimizer = optimizer_of(optimizer_name, model)
+    plan = anyrank.RankPlan(model, optimizer, total=12, seed=0)
+    for number in range(12):
+        before = rows_of(model)
+        trained = plan.schedule(number, 12, 0).trained
+        step(model, plan, optimizer, number)
+        for old, new in zip(before, rows_of(model), strict=True):
+            moved = [i for i in range(8) if not torch.equal(old[i], new[i])]
+            assert moved == list(trained)
+
+
+def test_without_the_plan_momentum_and_decay_would_move_them():
+    model = adapted(llama(), r=8)
+    optimizer = optimizer_of("adamw", model)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.set_rank(2)
+    before = rows_of(model)[0]
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert (rows_of(model)[0] - before)[2:].abs().max() > LR / 10
+
+
+def test_moments_of_rows_that_were_not_drawn_are_kept():
+    model = adapted(llama(), r=8)
+    optimizer = optimizer_of("adamw", model)
+    everything = anyrank.Schedule(8, kind="full")
+    plan = anyrank.RankPlan(model, optimizer, total=4, seed=0, schedule=everything)
+    step(model, plan, optimizer, 0)
+    plan.close()
+    b = layers(model)[0].anyrank_B["default"]
+    before = {k: v.clone() for k, v in optimizer.state[b].items() if k != "step"}
+    plan = anyrank.RankPlan(
+        model, optimizer, total=4, seed=0, schedule=anyrank.Schedule(8, ranks=(3,))
+    )
+    step(model, plan, optimizer, 1)
+    for name, old in before.items():
+        new = optimizer.state[b][name]
+        assert torch.equal(new[:, 3:], old[:, 3:])
+        assert not torch.equal(new[:, :3], old[:, :3])
+
+
+def test_a_plan_that_is_closed_leaves_the_optimizer_alone_and_the_whole_rank_in_use():
+    model = adapted(llama(), r=8)
+    optimizer = optimizer_of("adamw", model)
+    plan = anyrank.RankPlan(model, optimizer, total=4, seed=0)
+    step(model, plan, optimizer, 0)
+    plan.close()
+    assert {layer.adapters["default"].rank for layer in layers(model)} == {8}
+    before = rows_of(model)[0]
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(*pair) for pair in zip(before, rows_of(model)[0], strict=True))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another():
+    finals = []
+    for seed in (0, 0, 1):
+        model = adapted(llama(), r=8)
+        optimizer = optimizer_of("adamw", model)
+        plan = anyrank.RankPlan(model, optimizer, total=5, seed=seed)
+        for number in range(5):
+            step(model, plan, optimizer, number)
+        finals.append(torch.cat([r.flatten() for r in rows_of(model)]))
+    assert torch.equal(finals[0], finals[1])
+    assert not torch.equal(finals[0], finals[2])
+
+
+def test_a_model_without_an_adapter_is_refused():
+    with pytest.raises(ConfigError) as error:
+        anyrank.RankPlan(llama(), None, total=1, seed=0)
+    assert str(error.value) == (
+        "adapter 'default' is no low-rank anyrank adapter of this model; it has none; use "
+        "get_peft_model(model, AnyRankConfig(...)) first"
+    )
+
+
+def test_an_optimizer_that_was_built_too_early_is_refused():
+    base = llama()
+    optimizer = torch.optim.AdamW(base.parameters())
+    with pytest.raises(ConfigError) as error:
+        anyrank.RankPlan(adapted(base), optimizer, total=1, seed=0)
+    assert str(error.value) == (
+        "adapter 'default': the optimizer holds none of its parameters; build the optimizer after "
+        "get_peft_model"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["PagedAdamW8bit", "PagedAdamW32bit"])
+def test_rows_that_were_not_drawn_do_not_move_under_paged_optimizers(name):
+    import bitsandbytes
+
+    model = adapted(llama(), r=8).to("cuda")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kind = getattr(bitsandbytes.optim, name)
+    optimizer = kind(trained, lr=LR, weight_decay=0.1, min_8bit_size=64)
+    plan = anyrank.RankPlan(model, optimizer, total=6, seed=0)
+    ids = IDS.to("cuda")
+    for number in range(6):
+        before = rows_of(model)
+        for _ in plan.ranks(number):
+            model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stop = plan.schedule(number, 6, 0).trained.stop
+        for old, new in zip(before, rows_of(model), strict=True):
+            assert torch.equal(old[stop:], new[stop:])
+            assert not torch.equal(old[:stop], new[:stop])

@@ -1,0 +1,78 @@
+"""The configuration: what follows from the method, what is refused, what is saved."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from peft import PeftConfig
+
+from anyrank import AnyRankConfig, Schedule
+from anyrank.errors import ConfigError, RankError
+from anyrank.tuner import PEFT_TYPE
+
+
+def test_none_follows_the_method():
+    config = AnyRankConfig(method="qbara", r=8)
+    assert (config.pool, config.repeat, config.nested, config.scale) == (2, 2, False, "alpha/r")
+    assert config.rows == 16
+    assert config.rank_schedule() == Schedule(16, kind="full")
+
+
+def test_nested_takes_the_scale_of_the_rank_in_use_unless_told_otherwise():
+    assert AnyRankConfig(method="qdylora").scale == "alpha/k"
+    assert AnyRankConfig(method="qbara", nested=True).scale == "alpha/k"
+    assert AnyRankConfig(method="qdylora", scale="alpha/r").scale == "alpha/r"
+
+
+def test_the_schedule_is_part_of_the_configuration():
+    config = AnyRankConfig(method="qdylora", r=8, ranks=[2, 4, 8], rank_unit=2, ranks_per_step=2)
+    assert config.rank_schedule() == Schedule(8, ranks=(2, 4, 8), unit=2, per_step=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"method": "dora"}, ConfigError, "method='dora' is unknown; did you mean dylora, lora or qdylora?"),
+        ({"r": 0}, RankError, "r=0 must be at least 1"),
+        ({"lora_alpha": 0}, ConfigError, "lora_alpha=0 must be positive"),
+        ({"lora_dropout": 1.0}, ConfigError, "lora_dropout=1.0 must lie in [0, 1)"),
+        ({"scale": "alpha"}, ConfigError, "scale='alpha' is unknown; did you mean alpha/r, alpha/k or alpha/sqrt(k)?"),
+        ({"schedule": "sandwhich"}, ConfigError, "schedule='sandwhich' is unknown; did you mean sandwich?"),
+        (
+            {"method": "qahira", "nested": True},
+            ConfigError,
+            "method='qahira' holds one dense matrix, which has no ranks to nest; use a low-rank "
+            "method such as qablora for foldable ranks",
+        ),
+        (
+            {"r": 8, "ranks": [1, 16]},
+            RankError,
+            "schedule rank 16 must be a multiple of rank_unit=1 in 1..8, the largest rank",
+        ),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense_is_refused(options, kind, text):
+    with pytest.raises(kind) as error:
+        AnyRankConfig(**options)
+    assert str(error.value) == text
+
+
+def test_a_saved_configuration_reads_back_equal_with_its_facts_beside_it(tmp_path):
+    config = AnyRankConfig(method="qbara", r=8, nested=True, ranks=[4, 16], target_modules=["q"])
+    config.save_pretrained(str(tmp_path))
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(again, AnyRankConfig)
+    assert again.peft_type == PEFT_TYPE
+    assert again.to_dict() == config.to_dict()
+    facts = json.loads((tmp_path / "anyrank.json").read_text())
+    assert facts.pop("anyrank")
+    assert facts == {
+        "method": "qbara",
+        "largest_rank": 16,
+        "nested": True,
+        "scale": "alpha/k",
+        "alpha": 16.0,
+        "pool": 2,
+        "repeat": 2,
+    }
