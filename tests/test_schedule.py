@@ -10,6 +10,9 @@ import pytest
 from anyrank.errors import ConfigError, RankError
 from anyrank.schedule import Draw, Schedule
 
+PINNED = [8, 36, 30, 3, 2, 39, 31, 48]
+SANDWHICH = "schedule='sandwhich' is unknown; did you mean sandwich?"
+
 
 def draws(schedule: Schedule, steps: int = 4000, seed: int = 0) -> list[Draw]:
     return [schedule(step, steps, seed) for step in range(steps)]
@@ -77,7 +80,7 @@ def test_a_draw_is_the_same_on_every_machine():
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"kind": "sandwhich"}, ConfigError, "schedule='sandwhich' is unknown; did you mean sandwich?"),
+        ({"kind": "sandwhich"}, ConfigError, SANDWHICH),
         ({"unit": 3}, ConfigError, "rank_unit=3 must divide the rank 8"),
         (
             {"ranks": (4, 16)},
@@ -101,6 +104,3 @@ def test_a_schedule_that_makes_no_sense_is_refused(options, kind, text):
     with pytest.raises(kind) as error:
         Schedule(8, **options)
     assert str(error.value) == text
-
-
-PINNED = [8, 36, 30, 3, 2, 39, 31, 48]

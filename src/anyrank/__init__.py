@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .methods import Method as Method
     from .schedule import Draw as Draw
     from .schedule import Schedule as Schedule
-    from .sweep.evaluate import sweep as sweep
+    from .sweep.evaluate import evaluate_ranks as evaluate_ranks
     from .training.callback import RankCallback as RankCallback
     from .training.plan import RankPlan as RankPlan
     from .tuner import AnyRankConfig as AnyRankConfig
@@ -37,9 +37,9 @@ _HOMES = {
     "RankPlan": "training.plan",
     "RankCallback": "training.callback",
     "export_lora": "export.lora",
-    "sweep": "sweep.evaluate",
+    "evaluate_ranks": "sweep.evaluate",
 }
-__all__ = ["AnyRankError", "__version__", *_HOMES]
+__all__ = ["AnyRankError", "__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

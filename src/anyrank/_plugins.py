@@ -26,20 +26,28 @@ def when_imported(library: str, ours: str) -> None:
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, library: str, ours: str) -> None:
         self.library, self.ours = library, ours
+        self._asking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.library:
+        # Being asked is not being imported: `is_peft_available()` asks, and this finder stays.
+        if fullname != self.library or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.ours)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, ours: str) -> None:
-        self.inner, self.ours = inner, ours
+    def __init__(self, inner: Any, finder: _Finder) -> None:
+        self.inner, self.finder = inner, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.inner.create_module(spec)
@@ -49,4 +57,6 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self.inner
         module.__loader__ = self.inner
         self.inner.exec_module(module)
-        importlib.import_module(self.ours)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        importlib.import_module(self.finder.ours)

@@ -129,6 +129,9 @@ def _sweep(argv: list[str]) -> None:
     add("--out", type=Path, help="folder for sweep.json and sweep.png (default: RUN)")
     add("--json", action="store_true", help="print sweep.json instead of the table")
     chosen = vars(parser.parse_args(argv))
+    from .training.run import Run
+
+    Run.open(chosen["run"])  # before the imports that take seconds
     from .sweep.report import table
     from .sweep.sweep_run import SweepOptions, sweep_run
     from .training.arguments import rank_list

@@ -92,8 +92,8 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(
-            f"{folder}: {what} needs {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free; "
-            "free some room, name another folder, or lower --save_total_limit"
+            f"{folder}: {what} needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free; "
+            "free some room, or name a folder on another disk"
         )
 
 

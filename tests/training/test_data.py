@@ -290,7 +290,7 @@ def test_unknown_columns_are_listed_with_the_options_to_give(jsonl):
     assert refusal(file) == (
         f"{file}: found columns id, questions, the_answer; needs instruction + output, prompt + "
         "completion, messages, conversations or text; name yours with --prompt_column questions "
-        "--completion_column the_answer (or --text_column NAME)"
+        "--completion_column the_answer (or --dataset_text_field NAME)"
     )
     assert "--prompt_column NAME --completion_column NAME" in refusal(jsonl({"x": "a"}))
 
@@ -305,23 +305,25 @@ def test_a_named_column_that_is_missing(jsonl):
         start + "'completion'; set --completion_column to one of them: known: answer"
     )
     assert refusal(file, text_column="body") == (
-        start + "'body'; set --text_column to one of them: known: answer, question"
+        start + "'body'; set --dataset_text_field to one of them: known: answer, question"
     )
 
 
 def test_options_that_make_no_sense(jsonl):
     file = jsonl(PAIR)
     assert refusal(file, ConfigError, limit=0) == (
-        "--limit 0: needs 1 or more rows; leave it out to read all"
+        "--dataset_limit 0: needs 1 or more rows; leave it out to read all"
     )
     assert refusal(file, ConfigError, text_column="a", prompt_column="b") == (
-        "--text_column a: contradicts --prompt_column and --completion_column; "
+        "--dataset_text_field a: contradicts --prompt_column and --completion_column; "
         "give the one column or the two"
     )
     assert refusal(file, ConfigError, name="main") == (
-        f"--name main: is for Hub data sets, and {file} is local; leave it out"
+        f"--dataset_config main: is for Hub data sets, and {file} is local; leave it out"
     )
-    assert refusal(file, ConfigError, split="train[:9]").startswith("--split train[:9]: is for Hub")
+    assert refusal(file, ConfigError, split="train[:9]").startswith(
+        "--dataset_split train[:9]: is for Hub"
+    )
 
 
 # --- refusals: rows ---

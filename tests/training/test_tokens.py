@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from tokenizers_for_tests import CHANGING, CHAT, STRICT, tiny_tokenizer
+from tiny_tokenizers import CHANGING, CHAT, STRICT, tiny_tokenizer
 
 from anyrank.errors import ConfigError, DataError
 from anyrank.training.tokens import TokenReport, tokenize_rows

@@ -11,6 +11,11 @@ from anyrank import AnyRankConfig, Schedule
 from anyrank.errors import ConfigError, RankError
 from anyrank.tuner import PEFT_TYPE
 
+UNKNOWN = "{} is unknown; did you mean {}?"
+DORA = UNKNOWN.format("method='dora'", "dylora, lora or qdylora")
+SANDWHICH = UNKNOWN.format("schedule='sandwhich'", "sandwich")
+SCALE = UNKNOWN.format("scale='alpha'", "alpha/r, alpha/k or alpha/sqrt(k)")
+
 
 def test_none_follows_the_method():
     config = AnyRankConfig(method="qbara", r=8)
@@ -33,12 +38,12 @@ def test_the_schedule_is_part_of_the_configuration():
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"method": "dora"}, ConfigError, "method='dora' is unknown; did you mean dylora, lora or qdylora?"),
+        ({"method": "dora"}, ConfigError, DORA),
         ({"r": 0}, RankError, "r=0 must be at least 1"),
         ({"lora_alpha": 0}, ConfigError, "lora_alpha=0 must be positive"),
         ({"lora_dropout": 1.0}, ConfigError, "lora_dropout=1.0 must lie in [0, 1)"),
-        ({"scale": "alpha"}, ConfigError, "scale='alpha' is unknown; did you mean alpha/r, alpha/k or alpha/sqrt(k)?"),
-        ({"schedule": "sandwhich"}, ConfigError, "schedule='sandwhich' is unknown; did you mean sandwich?"),
+        ({"scale": "alpha"}, ConfigError, SCALE),
+        ({"schedule": "sandwhich"}, ConfigError, SANDWHICH),
         (
             {"method": "qahira", "nested": True},
             ConfigError,

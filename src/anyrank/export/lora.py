@@ -56,22 +56,41 @@ class SavedAdapter:
         Raises:
             RunError: the folder holds no any-rank adapter, or a broken one.
         """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise RunError(f"{folder}: holds no adapter ({CONFIG} is missing)")
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from ..tuner import PEFT_TYPE, AnyRankConfig
 
-        folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise RunError(f"{folder}: holds no adapter ({CONFIG} is missing)")
-        kind = read_json(folder / CONFIG).get("peft_type")
+        saved = read_json(folder / CONFIG)
+        kind = saved.get("peft_type") if isinstance(saved, dict) else type(saved).__name__
         if kind != PEFT_TYPE:
             raise RunError(f"{folder}: holds a {kind} adapter; export needs one made by anyrank")
         try:
             tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
-        return cls(folder, AnyRankConfig.from_pretrained(str(folder)), tensors)
+        adapter = cls(folder, AnyRankConfig.from_pretrained(str(folder)), tensors)
+        adapter._check_tensors()
+        return adapter
+
+    def _check_tensors(self) -> None:
+        """Raise unless the weights are those that the configuration speaks of."""
+        path, config = self.folder / WEIGHTS, self.config
+        if not any(".anyrank_" in key for key in self.tensors):
+            raise RunError(f"{path}: holds no adapter weights; save or train the adapter again")
+        for key in self.tensors:
+            other = key.replace("anyrank_A", "anyrank_B")
+            if other not in self.tensors:
+                raise RunError(f"{path}: {other} is missing; save or train the adapter again")
+        for prefix, a, b in self.layers():
+            if a.shape[0] != config.rows or b.shape[1] != config.rows:
+                raise RunError(
+                    f"{path}: {prefix}anyrank_A holds {a.shape[0]} rows and its B {b.shape[1]}, "
+                    f"but {CONFIG} speaks of {config.rows}; the two files do not belong together"
+                )
 
     def layers(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(prefix of the key, A, B) of every layer with a low-rank core."""

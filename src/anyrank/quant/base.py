@@ -15,10 +15,12 @@ class FrozenWeight(ABC):
         layer: the module that holds the weight and computes W x.
         d_in: inputs of the layer.
         d_out: outputs of the layer.
+        transposed: whether the layer stores W as [d_in, d_out].
     """
 
     d_in: int
     d_out: int
+    transposed = False
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer

@@ -31,6 +31,8 @@ class DenseWeight(FrozenWeight):
 class TransposedWeight(DenseWeight):
     """W of a Conv1D, stored as [d_in, d_out]."""
 
+    transposed = True
+
     def __init__(self, layer) -> None:
         FrozenWeight.__init__(self, layer)
         self.d_in, self.d_out = layer.weight.shape

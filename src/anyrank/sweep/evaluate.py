@@ -38,7 +38,7 @@ Rows = Sequence[dict[str, list[int]]]
 Answers = Callable[[Any], float]
 
 
-def sweep(
+def evaluate_ranks(
     model: Any,
     rows: Rows,
     ranks: Sequence[int],
@@ -115,7 +115,7 @@ def exact_match(
 
     Args:
         tokenizer: decodes, and pads on the left.
-        rows: as in `sweep`; the prompt is what lies before the first label.
+        rows: as in `evaluate_ranks`; the prompt is what lies before the first label.
         max_new_tokens: longest answer in tokens.
         pattern: compare only the last match of this expression (its first group, if it has one).
         batch_size: prompts per generation.

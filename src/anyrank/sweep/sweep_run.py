@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import ConfigError
@@ -18,7 +19,7 @@ from ..training.data import DataSource, load_rows, split_rows
 from ..training.run import Run
 from ..training.tokens import tokenize_rows
 from .choose import TOLERANCE, choose_rank
-from .evaluate import exact_match, sweep
+from .evaluate import evaluate_ranks, exact_match
 from .report import write_report
 
 
@@ -77,7 +78,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
         def progress(what: str) -> None:
             bar.update(task, description=what, advance=0 if what == "base" else 1)
 
-        base_score, scores = sweep(
+        base_score, scores = evaluate_ranks(
             model, examples, ranks, batch_size=options.batch_size, answers=answers,
             progress=progress,
         )  # fmt: skip
@@ -168,6 +169,5 @@ def _size(adapter: SavedAdapter, rank: int) -> dict[str, int]:
 
 
 def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))

@@ -78,10 +78,12 @@ def split_rows(
 
 def _check_options(source: DataSource) -> None:
     if source.limit is not None and source.limit < 1:
-        raise ConfigError(f"--limit {source.limit}: needs 1 or more rows; leave it out to read all")
+        raise ConfigError(
+            f"--dataset_limit {source.limit}: needs 1 or more rows; leave it out to read all"
+        )
     if source.text_column != "text" and (source.prompt_column or source.completion_column):
         raise ConfigError(
-            f"--text_column {source.text_column}: contradicts --prompt_column and "
+            f"--dataset_text_field {source.text_column}: contradicts --prompt_column and "
             "--completion_column; give the one column or the two"
         )
 
@@ -92,7 +94,11 @@ def _check_options(source: DataSource) -> None:
 def _files(path: Path, source: DataSource) -> list[Path]:
     """The files of a local data set, in the order of their names."""
     if source.name is not None or "[" in source.split:
-        option = f"--name {source.name}" if source.name is not None else f"--split {source.split}"
+        option = (
+            f"--dataset_config {source.name}"
+            if source.name is not None
+            else f"--dataset_split {source.split}"
+        )
         raise ConfigError(f"{option}: is for Hub data sets, and {path} is local; leave it out")
     if path.is_file():
         if path.suffix not in SUFFIXES:

@@ -65,7 +65,7 @@ def converter(columns: list[str], origin: str, source: DataSource) -> Convert:
         _need_column(completion, columns, origin, "--completion_column", taken=prompt)
         return partial(_pair, prompt=prompt, completion=completion)
     if text != "text":
-        _need_column(text, columns, origin, "--text_column")
+        _need_column(text, columns, origin, "--dataset_text_field")
     elif {"instruction", "output"} <= set(columns):
         return _alpaca
     elif {"prompt", "completion"} <= set(columns):
@@ -78,7 +78,7 @@ def converter(columns: list[str], origin: str, source: DataSource) -> Convert:
             f"{origin}: found columns {', '.join(columns)}; needs instruction + output, prompt + "
             "completion, messages, conversations or text; name yours with --prompt_column "
             f"{_guess(columns, _PROMPT_LIKE)} --completion_column "
-            f"{_guess(columns, _COMPLETION_LIKE)} (or --text_column NAME)"
+            f"{_guess(columns, _COMPLETION_LIKE)} (or --dataset_text_field NAME)"
         )
     return lambda row: {"text": _filled(row, text, "row has no text to learn from")}
 

@@ -154,7 +154,8 @@ def active_adapters(model: Any) -> list[str]:
     if not getattr(model, "peft_config", None):
         return []
     active: Any = model.active_adapters
-    return list(active() if callable(active) else active)  # Transformers' own mixin: a method
+    names: Any = active() if callable(active) else active
+    return list(names)  # Transformers' own mixin: a method
 
 
 def _adapter(model: Any, name: str | None) -> tuple[str, AnyRankConfig]:

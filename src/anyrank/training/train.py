@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -154,9 +155,22 @@ def _trained(trainer: SFTTrainer) -> int:
 def _require_room(trainer: SFTTrainer, folder: Path) -> None:
     trained = _trained(trainer)
     checkpoint = 4 * trained * 3  # weights and two moments, fp32
-    kept = trainer.args.save_total_limit or 3
-    count = 0 if trainer.args.save_strategy == "no" else kept
-    require_disk(folder, 4 * trained + count * checkpoint + 50_000_000, "a run of this adapter")
+    needed = 4 * trained + _checkpoints(trainer) * checkpoint + 50_000_000  # tokenizer and logs
+    require_disk(folder, needed, "a run of this adapter")
+
+
+def _checkpoints(trainer: SFTTrainer) -> int:
+    """How many checkpoints will lie on the disk at once."""
+    args, rows = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    if args.save_strategy == "no":
+        return 0
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = math.ceil(rows / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    every = per_epoch if args.save_strategy == "epoch" else args.save_steps
+    every = every if every >= 1 else max(1, math.ceil(every * steps))
+    count = math.ceil(steps / every)
+    return min(count, args.save_total_limit or count)
 
 
 def _checkpoint(args: TrainArguments, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from peft.config import PeftConfig
 
 from ..algebra import DENSE, LOW_RANK, SCALES, Geometry
 from ..errors import ConfigError, RankError, nearest
+from ..files import write_json
 from ..methods import Method, method
 from ..schedule import Schedule
 
@@ -50,6 +50,7 @@ class AnyRankConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = _option(None, "Indices of decoder layers.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of decoder layers.")
     modules_to_save: list[str] | None = _option(None, "Modules to train in full and to save.")
+    fan_in_fan_out: bool = _option(False, "A Conv1D holds W transposed; set when one is adapted.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,4 +126,4 @@ class AnyRankConfig(PeftConfig):
             "pool": self.pool,
             "repeat": self.repeat,
         }
-        (Path(save_directory) / "anyrank.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(Path(save_directory) / "anyrank.json", facts)

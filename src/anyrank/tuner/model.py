@@ -103,6 +103,7 @@ class AnyRankModel(BaseTuner):
         base = module.get_base_layer() if isinstance(module, AnyRankLinear) else module
         weight = frozen_weight(base, name)
         peft_config.geometry(weight.d_in, weight.d_out).check(name)
+        peft_config.fan_in_fan_out |= weight.transposed
 
     def _create_and_replace(
         self,

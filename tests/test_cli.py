@@ -1,0 +1,141 @@
+"""A user's path: train, sweep, export, each as a command on real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from anyrank.cli import run
+from anyrank.training.run import Run
+
+FAST = "--learning_rate 0.01 --per_device_train_batch_size 4 --logging_steps 1 --disable_tqdm true"
+
+
+def anyrank(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "anyrank", *map(str, words)],
+        cwd=cwd, text=True, capture_output=True, check=False, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+
+
+def train(base: Path, rows: Path, out: Path, *more: str) -> int:
+    words = ["train", "--model_name_or_path", base, "--dataset", rows, "--output_dir", out]
+    words += [*FAST.split(), "--method", "dylora", "--lora_r", "8", *more]
+    return run([str(word) for word in words])
+
+
+def test_train_sweep_and_export_as_commands(base_folder, rows_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {base_folder}\ndataset: {rows_file}\nmethod: qdylora\nlora_r: 8\n"
+        "learning_rate: 1e-2\nmax_steps: 99\neval_size: 8\nlogging_steps: 1\n"
+    )
+    done = anyrank(
+        "train", "--config", config, "--max_steps", "6", "--output_dir", "run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training: 32 rows, " in done.stderr
+    assert done.stdout.splitlines()[-1] == "Next: anyrank sweep run"
+    folder = tmp_path / "run"
+    held = {p.name for p in folder.iterdir() if p.is_file()}
+    assert held == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "anyrank.json",
+        "config.yaml", "metrics.jsonl", "result.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    options = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (options["max_steps"], options["learning_rate"]) == (6, 0.01)
+    assert (options["scale"], options["nested"], options["load_in_4bit"]) == ("alpha/k", True, True)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 6
+    assert result["eval_loss"] > 0
+
+    done = anyrank("sweep", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Next: anyrank export run --rank" in done.stdout
+    found = json.loads((folder / "sweep.json").read_text())
+    assert [row["rank"] for row in found["ranks"]] == [1, 2, 4, 8]
+    assert set(found["ranks"][0]) == {"rank", "loss", "perplexity", "parameters", "bytes"}
+    assert found["rows"] == 8
+    assert found["ranks"][-1]["parameters"] == result["trainable_parameters"]
+    assert abs(found["ranks"][-1]["loss"] - result["eval_loss"]) < 0.02  # other batches, bf16
+    assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+    done = anyrank("export", "run", "--ranks", "1,4", "--to", "lora", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "rank 1: out/rank1",
+        "rank 4: out/rank4",
+        f"Serve: vllm serve {base_folder} --enable-lora --max-lora-rank 8 "
+        "--lora-modules r1=out/rank1 r4=out/rank4",
+    ]
+    for row in found["ranks"]:
+        if row["rank"] in (1, 4):
+            written = tmp_path / "out" / f"rank{row['rank']}" / "adapter_model.safetensors"
+            assert written.stat().st_size == row["bytes"]
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(base_folder, rows_file, tmp_path):
+    steps = ["--save_steps", "3", "--max_steps", "6"]
+    assert train(base_folder, rows_file, tmp_path / "whole", *steps) == 0
+    out = tmp_path / "cut"
+    assert train(base_folder, rows_file, out, *steps) == 0
+    for name in ("result.json", "adapter_model.safetensors", "adapter_config.json"):
+        (out / name).unlink()
+    newest = out / "checkpoint-6" / "optimizer.pt"  # as if the machine had died while writing it
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+
+    assert train(base_folder, rows_file, out, *steps, "--resume_from_checkpoint", "true") == 0
+    resumed = load_file(out / "adapter_model.safetensors")
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all((resumed[key] == whole[key]).all() for key in whole)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_repeats_from_its_own_config(base_folder, rows_file, tmp_path):
+    assert train(base_folder, rows_file, tmp_path / "one", "--max_steps", "2") == 0
+    config = str(tmp_path / "one" / "config.yaml")
+    assert run(["train", "--config", config, "--output_dir", str(tmp_path / "two")]) == 0
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert all((one[key] == two[key]).all() for key in one)
+    options = [Run.open(tmp_path / name).config for name in ("one", "two")]
+    assert {k for k in options[0] if options[0][k] != options[1].get(k)} == {"output_dir"}
+
+
+def test_packing_and_a_method_without_ranks(base_folder, rows_file, tmp_path, capsys):
+    more = ["--method", "qahira", "--max_steps", "2", "--packing", "true", "--max_length", "64"]
+    assert train(base_folder, rows_file, tmp_path / "run", *more) == 0
+    capsys.readouterr()
+    assert run(["sweep", str(tmp_path / "run"), "--dataset", str(rows_file), "--json"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert [row["rank"] for row in found["ranks"]] == [None]
+    assert found["chosen_rank"] is None
+
+
+def test_exact_match_answers_by_generation(base_folder, rows_file, tmp_path):
+    assert train(base_folder, rows_file, tmp_path / "run", "--max_steps", "1") == 0
+    words = f"--dataset {rows_file} --ranks 8 --limit 4 --exact_match --max_new_tokens 4"
+    assert run(["sweep", str(tmp_path / "run"), *words.split()]) == 0
+    found = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert found["base"]["exact_match"] == found["ranks"][0]["exact_match"] == 0.0
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep", "export"])
+def test_debug_shows_the_traceback_and_nothing_else_does(verb, tmp_path):
+    words = {"train": [], "sweep": ["no-run"], "export": ["no-run", "out", "--rank", "1"]}[verb]
+    done = anyrank(verb, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("anyrank: ")
+    assert "Traceback" in anyrank(verb, *words, "--debug", cwd=tmp_path).stderr
