@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -177,11 +179,29 @@ def _export(argv: list[str]) -> None:
 
 def _demo(argv: list[str]) -> None:
     parser = _parser("demo", "Train, sweep and export on the tiny model that comes along.")
-    parser.add_argument("--output_dir", type=Path, default=Path("demo-run"), help="new folder")
+    parser.add_argument("--output_dir", type=Path, help="new folder (default: demo-run, -2, ...)")
     chosen = parser.parse_args(argv)
-    from .demo import run_demo
+    from . import demo
+    from .files import read_json, refuse_filled
 
-    run_demo(chosen.output_dir)
+    out = chosen.output_dir or _first_free("demo-run")
+    refuse_filled(out)
+
+    def step(words: list[str]) -> None:
+        print(f"\n$ anyrank {shlex.join(words)}", flush=True)
+        VERBS[words[0]](words[1:])
+
+    step(demo.train_command(out))
+    step(demo.sweep_command(out))
+    rank = read_json(out / "run" / "sweep.json")["chosen_rank"]
+    step(demo.export_command(out, rank))
+    print(f"\nThe rank curve: {out / 'run' / 'sweep.png'}\nThe LoRA: {out / 'lora'}\n\n{demo.NEXT}")
+
+
+def _first_free(name: str) -> Path:
+    """`name`, or name-2, name-3, ... where that is taken."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 VERBS: dict[str, Callable[[list[str]], Any]] = {
