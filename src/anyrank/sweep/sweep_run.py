@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -48,6 +49,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     from peft import PeftModel
 
     run = Run.open(folder)
+    disable_progress_bars()
     adapter = SavedAdapter.read(run.folder)
     ranks = ranks_to_sweep(adapter, options.ranks)
     arguments = _chosen(ModelArguments, run.config)

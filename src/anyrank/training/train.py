@@ -11,9 +11,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import set_seed
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import ConfigError
@@ -71,6 +71,8 @@ def read_data(
     elif data.eval_size:
         rows, held_out = split_rows(rows, data.eval_size, args.seed)
     completion_only = args.completion_only_loss is not False
+    if len(rows) < 20_000:  # done in seconds; the bars of `datasets` would only scroll by
+        disable_progress_bars()
     tokens = []
     for name, part in (("training", rows), ("validation", held_out)):
         if part is None:
@@ -140,6 +142,8 @@ def _trainer(
         peft_config=config,
         callbacks=[MetricsCallback(folder / METRICS)],
     )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(LossBar)
     model: Any = trainer.model
     for parameter in model.parameters():  # TRL rounds adapters of a 4-bit base to bf16
         if parameter.requires_grad:
@@ -215,6 +219,18 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with the loss at its end, instead of a line per log."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the newest loss; metrics.jsonl holds everything."""
+        shown = {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
 
 
 class MetricsCallback(TrainerCallback):

@@ -1,0 +1,124 @@
+"""A sweep against losses computed row by row, and the rule that chooses the rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import adapted, llama
+
+import anyrank
+from anyrank.sweep.choose import choose_rank
+from anyrank.sweep.evaluate import batches, exact_match
+from anyrank.sweep.report import table, write_report
+
+ROWS = [
+    {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+    {"input_ids": [5, 6, 7, 8, 9, 10, 11], "labels": [-100, 6, 7, 8, 9, 10, 11]},
+    {"input_ids": [12, 13], "labels": [-100, 13]},
+]
+
+
+def by_hand(model) -> float:
+    """Mean nats per label, a row at a time, in float64."""
+    nats, count = 0.0, 0
+    for row in ROWS:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                nats -= torch.log_softmax(logits[position].double(), -1)[label].item()
+                count += 1
+    return nats / count
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_every_rank_and_the_base_get_the_loss_of_their_own_logits(batch_size):
+    model = adapted(llama()).train()
+    base, scores = anyrank.evaluate_ranks(model, ROWS, [1, 3, 4], batch_size=batch_size)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        for rank, score in scores.items():
+            with model.set_rank(rank):
+                assert abs(score.loss - by_hand(model)) < 1e-5
+            assert score.perplexity == math.exp(score.loss)
+        assert abs(base.loss - by_hand(llama())) < 1e-5
+    assert len({score.loss for score in scores.values()}) == 3
+
+
+def test_rows_of_similar_length_are_padded_on_the_right():
+    first, second = batches(ROWS, 2, "cpu")
+    assert first["input_ids"].tolist() == [[12, 13, 0, 0], [1, 2, 3, 4]]
+    assert first["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert first["labels"].tolist() == [[-100, 13, -100, -100], [-100, -100, 3, 4]]
+    assert second["input_ids"].shape == (1, 7)
+
+
+class Words:
+    """A tokenizer of one letter per token, for exact match."""
+
+    pad_token_id = 0
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(96 + i) for i in ids if i)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row, skip_special_tokens) for row in rows.tolist()]
+
+
+class Echo:
+    """A model that answers each prompt with its last token twice."""
+
+    device = "cpu"
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pad_token_id):
+        assert attention_mask.tolist() == (input_ids != 0).long().tolist()
+        last = input_ids[:, -1:]
+        return torch.cat((input_ids, last.repeat(1, 2)), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"), [(None, 1 / 3), ("([ab])$", 2 / 3), ("(b)(b)", 1 / 3)]
+)
+def test_exact_match_compares_the_whole_answer_or_the_last_match(pattern, wanted):
+    rows = [
+        {"input_ids": [3, 1, 1, 1], "labels": [-100, -100, 1, 1]},  # answers aa, wanted aa
+        {"input_ids": [2, 1, 2], "labels": [-100, 1, 2]},  # answers bb, wanted ab
+        {"input_ids": [1, 2, 2], "labels": [-100, 2, 2]},  # answers aa, wanted bb
+    ]
+    answers = exact_match(Words(), rows, max_new_tokens=2, pattern=pattern, batch_size=2)
+    assert answers(Echo()) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("losses", "tolerance", "chosen"),
+    [
+        ({1: 3.0, 8: 2.51, 64: 2.50}, 0.02, 8),
+        ({1: 3.0, 8: 2.51, 64: 2.50}, 0.0, 64),
+        ({1: 2.0, 8: 2.5}, 0.02, 1),
+        ({1: float("nan"), 8: 2.5, 64: 2.5}, 0.02, 8),
+        ({8: float("nan"), 64: float("nan")}, 0.02, 64),
+    ],
+)
+def test_the_smallest_rank_within_the_tolerance_is_chosen(losses, tolerance, chosen):
+    assert choose_rank(losses, tolerance) == chosen
+
+
+def test_the_report_is_json_a_picture_and_a_table(tmp_path):
+    row = {"loss": 1.0, "perplexity": math.e, "exact_match": 0.5}
+    found = {
+        "base": row,
+        "ranks": [{"rank": k, **row, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)],
+        "chosen_rank": 1,
+        "method": "qdylora",
+        "rows": 3,
+        "tokens": 9,
+    }
+    write_report(tmp_path / "new", found)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sweep.json", "sweep.png"]
+    shown = table(found)
+    assert [c.header for c in shown.columns] == [
+        "rank", "nats/token", "perplexity", "exact match", "parameters", "LoRA file"
+    ]  # fmt: skip
+    assert list(shown.columns[0].cells) == ["base", "1 <", "2", "4"]
