@@ -17,21 +17,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its tokenizer, on disk."""
+    from tiny import llama
     from tiny_tokenizers import tiny_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(vocab_size=300).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -13,23 +13,21 @@ import anyrank
 from anyrank.tuner import AnyRankLinear, adapter_layers
 
 IDS = torch.arange(2 * 9).reshape(2, 9)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LOW_RANK = [name for name in anyrank.METHODS if name != "qahira"]
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
     """A Llama with grouped queries: hidden 64, two layers; the same weights every time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=128,
-        **options,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    shape = dict(SHAPE, vocab_size=128, max_position_embeddings=128)
+    return LlamaForCausalLM(LlamaConfig(**(shape | options))).to(dtype).eval()
 
 
 def config(method: str, r: int = 4, **options: Any) -> anyrank.AnyRankConfig:

@@ -24,7 +24,8 @@ anyrank: fine-tune a quantized language model once; ship it at any rank.
   anyrank export RUN --rank 8 --to lora OUT                            an ordinary PEFT LoRA
   anyrank demo                                                         all three, on a tiny model
 
-anyrank VERB --help says more. --debug shows the traceback of an error.
+anyrank VERB --help says more. --debug shows the traceback of an error; --keep_malloc leaves the
+memory allocator of a CPU as it is (see docs/log.md).
 """
 
 TRAIN_HELP = """\
@@ -109,6 +110,8 @@ def _train(argv: list[str]) -> None:
     chosen = parse_train(argv)
     from .training.train import train
 
+    if _MALLOC.items() <= os.environ.items():
+        print("memory: glibc keeps freed buffers for reuse (--keep_malloc: not)", file=sys.stderr)
     result = train(*chosen)
     folder = chosen[-1].output_dir
     print(f"Trained {result['steps']} steps in {result['seconds']:.0f} s; the run is in {folder}.")
@@ -134,9 +137,9 @@ def _sweep(argv: list[str]) -> None:
     from .training.run import Run
 
     Run.open(chosen["run"])  # before the imports that take seconds
+    from .schedule import rank_list
     from .sweep.report import table
     from .sweep.sweep_run import SweepOptions, sweep_run
-    from .training.arguments import rank_list
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
     chosen["ranks"] = rank_list(chosen["ranks"], "ranks")
@@ -167,7 +170,7 @@ def _export(argv: list[str]) -> None:
     add("--to", default="lora", help="format: lora, a plain PEFT LoRA")
     chosen = parser.parse_args(argv)
     from .export.verb import export_ranks
-    from .training.arguments import rank_list
+    from .schedule import rank_list
 
     if (chosen.rank is None) == (chosen.ranks is None):
         raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
@@ -243,6 +246,7 @@ def _keep_buffers(argv: list[str]) -> None:
     On a CPU it otherwise hands them back to the kernel after every use, and a step pays for the
     page faults: measured 4.4 s against 0.8 s for a 6 M model (24 x 256 tokens, two cores).
     """
-    if not sys.platform.startswith("linux") or any(key in os.environ for key in _MALLOC):
+    on_gpu = Path("/dev/nvidiactl").exists()
+    if on_gpu or not sys.platform.startswith("linux") or any(key in os.environ for key in _MALLOC):
         return
     os.execve(sys.executable, [sys.executable, "-m", "anyrank", *argv], {**os.environ, **_MALLOC})

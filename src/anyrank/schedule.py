@@ -113,6 +113,20 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
 
+def rank_list(text: str | None, name: str) -> list[int] | None:
+    """'1,2,4' as [1, 2, 4].
+
+    Raises:
+        ConfigError: an entry is not a positive whole number.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"{name}={text!r} must be whole numbers from 1, such as 1,2,4,8")
+    return sorted({int(part) for part in parts})
+
+
 def _sandwich(choices: Sequence[int], rng: random.Random) -> tuple[int, ...]:
     between = choices[1:-1]
     middle = (rng.choice(between),) if between else ()

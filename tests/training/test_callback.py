@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import layers
+from tiny import SHAPE, layers
 from tiny_tokenizers import tiny_tokenizer
 from transformers import FalconConfig, FalconForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -38,17 +38,7 @@ def falcon() -> FalconForCausalLM:
 
 def qwen3() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=400,
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(head_dim=16, vocab_size=400, **SHAPE))
 
 
 def trainer(tmp_path: Path, model, config: anyrank.AnyRankConfig, **options) -> SFTTrainer:

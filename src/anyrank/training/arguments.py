@@ -9,6 +9,7 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 from ..errors import ConfigError
+from ..schedule import rank_list
 from ..tuner import AnyRankConfig
 from .data import DataSource
 
@@ -152,17 +153,3 @@ class TrainArguments(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:  # its newer name
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-
-
-def rank_list(text: str | None, name: str) -> list[int] | None:
-    """'1,2,4' as [1, 2, 4].
-
-    Raises:
-        ConfigError: an entry is not a positive whole number.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in str(text).split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"{name}={text!r} must be whole numbers from 1, such as 1,2,4,8")
-    return sorted({int(part) for part in parts})

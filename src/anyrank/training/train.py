@@ -45,7 +45,9 @@ def train(
     if args.output_dir is None:
         raise ConfigError("output_dir is missing; name the folder of this run")
     config = adapter.config()
-    check_output(folder, resume)
+    main_process = args.process_index == 0
+    if main_process:
+        check_output(folder, resume)
     in_4bit = wants_4bit(model, adapter.method)
     tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
     _use_chat_template(tokenizer, args)
@@ -55,8 +57,9 @@ def train(
     base.config.use_cache = False
     options = resolved(model, adapter, data, args, config, in_4bit)
     trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
-    _require_room(trainer, folder)
-    claim(folder, options)
+    if main_process:
+        _require_room(trainer, folder)
+        claim(folder, options)
     return _fit(trainer, folder, options, tokenizer, _checkpoint(args, folder) if resume else None)
 
 
