@@ -110,10 +110,10 @@ def _train(argv: list[str]) -> None:
     chosen = parse_train(argv)
     from .training.train import train
 
-    if _MALLOC.items() <= os.environ.items():
-        print("memory: glibc keeps freed buffers for reuse (--keep_malloc: not)", file=sys.stderr)
     result = train(*chosen)
     folder = chosen[-1].output_dir
+    if _MALLOC.items() <= os.environ.items():
+        print("glibc was told to keep freed buffers for reuse; --keep_malloc leaves it as it is.")
     print(f"Trained {result['steps']} steps in {result['seconds']:.0f} s; the run is in {folder}.")
     print(f"Next: anyrank sweep {folder}")
 

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tiny import SHAPE, layers
 from tiny_tokenizers import tiny_tokenizer
-from transformers import FalconConfig, FalconForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import anyrank
@@ -41,7 +48,7 @@ def qwen3() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(head_dim=16, vocab_size=400, **SHAPE))
 
 
-def trainer(tmp_path: Path, model, config: anyrank.AnyRankConfig, **options) -> SFTTrainer:
+def trainer(tmp_path: Path, model, config: anyrank.AnyRankConfig | None, **options) -> SFTTrainer:
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01} | options
     return SFTTrainer(
         model=model,
@@ -146,3 +153,26 @@ def test_a_method_that_is_not_nested_trains_its_full_rank(tmp_path):
     seen = watch(sft)
     sft.train()
     assert {rank for _, rank, _ in seen} == {8}
+
+
+def test_sft_trainer_takes_a_model_that_already_holds_the_adapter(tmp_path):
+    model = get_peft_model(qwen3(), anyrank.AnyRankConfig(method="qdylora", r=8))
+    sft = trainer(tmp_path, model, None)
+    seen = watch(sft)
+    sft.train()
+    draw = anyrank.Schedule(8)
+    assert [rank for _, rank, _ in seen] == [draw(step, 4, 7).ranks[0] for step in range(4)]
+
+
+def test_a_plain_trainer_draws_ranks_too_and_leaves_other_models_alone(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(qwen3(), args, train_dataset=rows).train()
+    model = get_peft_model(qwen3(), anyrank.AnyRankConfig(method="dylora", r=8, ranks=[2]))
+    before = layers(model)[0].anyrank_B["default"].detach().clone()
+    Trainer(model, args, train_dataset=rows).train()
+    moved = (layers(model)[0].anyrank_B["default"] - before).abs().sum(0)
+    assert moved.nonzero().flatten().tolist() == [0, 1]

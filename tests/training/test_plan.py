@@ -120,6 +120,11 @@ def test_a_model_without_an_adapter_is_refused():
     )
 
 
+def test_an_optimizer_that_is_none_of_torch_is_refused():
+    with pytest.raises(ConfigError, match="ranks are drawn around the steps of a torch optimizer"):
+        anyrank.RankPlan(adapted(llama()), object(), total=1, seed=0)
+
+
 def test_an_optimizer_that_was_built_too_early_is_refused():
     base = llama()
     optimizer = torch.optim.AdamW(base.parameters())

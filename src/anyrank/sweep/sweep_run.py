@@ -166,7 +166,10 @@ def _size(adapter: SavedAdapter, rank: int) -> dict[str, int]:
             "parameters": sum(t.numel() for t in tensors),
             "bytes": (adapter.folder / "adapter_model.safetensors").stat().st_size,
         }
-    trained = sum(a[:rank].numel() + b[:, :rank].numel() for _, a, b in adapter.layers())
+    frozen_a = adapter.config.preset.frozen_a
+    trained = sum(
+        b[:, :rank].numel() + (0 if frozen_a else a[:rank].numel()) for _, a, b in adapter.layers()
+    )
     return {"parameters": trained, "bytes": lora_size(adapter, rank)}
 
 

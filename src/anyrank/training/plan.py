@@ -46,7 +46,8 @@ class RankPlan:
         adapter_name: which adapter; None: the active one.
 
     Raises:
-        ConfigError: the model holds no such adapter, or the optimizer none of its parameters.
+        ConfigError: the model holds no such adapter, the optimizer is none of torch, or it holds
+            none of the adapter's parameters.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class RankPlan:
         self._trained = self._draw.trained
         self._kept: list[tuple[Tensor, Tensor]] = []
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"adapter {self.name!r}: ranks are drawn around the steps of a torch optimizer, got "
+                f"{type(optimizer).__name__}; train without DeepSpeed, or a method that is not nested"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(layer.anyrank_B[self.name]) in held for layer in self.layers):
             raise ConfigError(
