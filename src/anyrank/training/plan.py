@@ -70,8 +70,9 @@ class RankPlan:
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
-                f"adapter {self.name!r}: ranks are drawn around the steps of a torch optimizer, got "
-                f"{type(optimizer).__name__}; train without DeepSpeed, or a method that is not nested"
+                f"adapter {self.name!r}: ranks are drawn around the steps of a torch optimizer, "
+                f"got {type(optimizer).__name__}; train without DeepSpeed, or a method that is "
+                "not nested"
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(layer.anyrank_B[self.name]) in held for layer in self.layers):
