@@ -113,17 +113,17 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
 
-def rank_list(text: str | None, name: str) -> list[int] | None:
-    """'1,2,4' as [1, 2, 4].
+def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:
+    """'1,2,4', or a list of a YAML file, as [1, 2, 4]: ascending, each once.
 
     Raises:
         ConfigError: an entry is not a positive whole number.
     """
-    if text is None:
+    if given is None:
         return None
-    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    parts = str(given).strip("[]()").replace(",", " ").split()
     if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"{name}={text!r} must be whole numbers from 1, such as 1,2,4,8")
+        raise ConfigError(f"{name}={given!r} must be whole numbers from 1, such as 1,2,4,8")
     return sorted({int(part) for part in parts})
 
 

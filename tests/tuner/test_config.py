@@ -39,7 +39,21 @@ def test_the_schedule_is_part_of_the_configuration():
     ("options", "kind", "text"),
     [
         ({"method": "dora"}, ConfigError, DORA),
-        ({"r": 0}, RankError, "r=0 must be at least 1"),
+        ({"r": 0}, RankError, "r=0 must be a whole number, at least 1"),
+        ({"r": 8.5}, RankError, "r=8.5 must be a whole number, at least 1"),
+        ({"nested": "false"}, ConfigError, "nested='false' must be True, False or None"),
+        (
+            {"method": "qlora", "ranks": [1, 2]},
+            ConfigError,
+            "ranks=[1, 2] chooses among nested ranks, but method='qlora' trains its largest rank "
+            "alone; add nested=True, or leave ranks out",
+        ),
+        (
+            {"r": 8, "ranks": [1, 4]},
+            RankError,
+            "ranks=[1, 4] must hold the largest rank, 8, or its last rows would never be trained; "
+            "add it, or lower r",
+        ),
         ({"lora_alpha": 0}, ConfigError, "lora_alpha=0 must be positive"),
         ({"lora_dropout": 1.0}, ConfigError, "lora_dropout=1.0 must lie in [0, 1)"),
         ({"scale": "alpha"}, ConfigError, SCALE),

@@ -190,16 +190,33 @@ def test_a_layer_that_no_adapter_fits_is_refused_by_name():
 
 
 def test_mixed_batches_are_refused_with_the_way_out():
-    layer = wrap(dense("plain"), "lora")
     with pytest.raises(LayerError, match="one adapter per row of a batch is not supported"):
-        layer(torch.zeros(1, D_IN, dtype=torch.float64), adapter_names=["a"])
+        adapted(llama())(IDS, adapter_names=["default", "__base__"])
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [
-        (lambda m: m.set_rank(0), RankError, "adapter 'default': rank 0 must lie in 1..4"),
-        (lambda m: m.set_rank(5), RankError, "adapter 'default': rank 5 must lie in 1..4"),
+        (
+            lambda m: m.set_rank(0),
+            RankError,
+            "adapter 'default': rank 0 must be a whole number in 1..4",
+        ),
+        (
+            lambda m: m.set_rank(5),
+            RankError,
+            "adapter 'default': rank 5 must be a whole number in 1..4",
+        ),
+        (
+            lambda m: m.set_rank(2.5),
+            RankError,
+            "adapter 'default': rank 2.5 must be a whole number in 1..4",
+        ),
+        (
+            lambda m: m.set_rank(2, first=2),
+            RankError,
+            "adapter 'default': first=2 must lie in 0..1",
+        ),
         (
             lambda m: m.set_rank(2, "defualt"),
             ConfigError,

@@ -27,13 +27,12 @@ from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
 class RankPlan:
     """The ranks of one adapter over a training run, for a loop written by hand.
 
-        plan = RankPlan(model, optimizer, total=steps, seed=0)
-        for step, batch in enumerate(batches):
-            for rank in plan.ranks(step):
-                (model(**batch).loss / plan.schedule.draws).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        plan.close()
+        with RankPlan(model, optimizer, total=steps, seed=0) as plan:
+            for step, batch in enumerate(batches):
+                for rank in plan.ranks(step):
+                    (model(**batch).loss / plan.schedule.draws).backward()
+                optimizer.step()  # from here to the next draw the whole rank is in use
+                optimizer.zero_grad()
 
     With a Transformers Trainer, `RankCallback` does this.
 
@@ -84,6 +83,12 @@ class RankPlan:
             optimizer.register_step_pre_hook(lambda *_: self._keep()),
             optimizer.register_step_post_hook(lambda *_: self._put_back()),
         ]
+
+    def __enter__(self) -> RankPlan:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def ranks(self, step: int) -> Iterator[int]:
         """Set the ranks of a step one after another; run a forward and backward at each."""
@@ -147,6 +152,7 @@ class RankPlan:
         for part, before in self._kept:
             part.copy_(before)
         self._kept = []
+        self.release()
 
 
 def _rows_outside(matrix: Tensor, start: int, stop: int) -> Iterator[Tensor]:

@@ -15,6 +15,13 @@ from ..methods import Method, method
 from ..schedule import Schedule
 
 PEFT_TYPE = "ANYRANK"
+_SCHEDULE = {
+    "schedule": "uniform",
+    "ranks": None,
+    "rank_unit": 1,
+    "ranks_per_step": 1,
+    "frozen_rows": False,
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -39,7 +46,7 @@ class AnyRankConfig(PeftConfig):
     pool: int | None = _option(None, "p: neighbouring inputs that share a mean.")
     repeat: int | None = _option(None, "q: neighbouring outputs that share a value.")
     schedule: str = _option("uniform", "Rank drawn per step when nested: uniform or sandwich.")
-    ranks: list[int] | None = _option(None, "Ranks to draw from; None: all of 1..rows.")
+    ranks: list[int] | None = _option(None, "Ranks to draw from; None: all that the adapter holds.")
     rank_unit: int = _option(1, "Rows that are drawn together; ranks are multiples of it.")
     ranks_per_step: int = _option(1, "Ranks per optimizer step, shared by its micro-batches.")
     frozen_rows: bool = _option(False, "DyLoRA's frozen mode: only the last unit is trained.")
@@ -56,8 +63,10 @@ class AnyRankConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
         preset = self.preset
-        if self.r < 1:
-            raise RankError(f"r={self.r} must be at least 1")
+        if not isinstance(self.r, int) or self.r < 1:
+            raise RankError(f"r={self.r} must be a whole number, at least 1")
+        if self.nested not in (None, True, False):
+            raise ConfigError(f"nested={self.nested!r} must be True, False or None")
         if self.lora_alpha <= 0:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be positive")
         if not 0 <= self.lora_dropout < 1:
@@ -75,7 +84,27 @@ class AnyRankConfig(PeftConfig):
             )
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        self.rank_schedule()  # raises on ranks that do not fit
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raise on a schedule that does not fit, or that nothing would follow."""
+        if not self.nested:
+            for name, usual in _SCHEDULE.items():
+                if getattr(self, name) != usual:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} chooses among nested ranks, but "
+                        f"method={self.method!r} trains its largest rank alone; add nested=True, "
+                        f"or leave {name} out"
+                    )
+            return
+        if self.ranks is not None and max(self.ranks, default=0) < self.rows:
+            raise RankError(
+                f"ranks={list(self.ranks)} must hold the largest rank, {self.rows}, or its last "
+                f"rows would never be trained; add it, or lower r"
+            )
+        self.rank_schedule()
 
     @property
     def preset(self) -> Method:
@@ -105,7 +134,7 @@ class AnyRankConfig(PeftConfig):
         return Schedule(
             self.rows,
             kind=self.schedule,
-            ranks=tuple(self.ranks) if self.ranks else None,
+            ranks=None if self.ranks is None else tuple(self.ranks),
             unit=self.rank_unit,
             per_step=self.ranks_per_step,
             frozen=self.frozen_rows,

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..algebra import LOW_RANK, Geometry, adapter_output, delta_weight, rows, scale_at
-from ..errors import LayerError, MergeError, RankError
+from ..errors import MergeError, RankError
 from ..quant import FrozenWeight, frozen_weight
 from .config import AnyRankConfig
 
@@ -105,8 +105,10 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
                 f"adapter {name!r}: rank {rank} asked for, but its core is one dense matrix "
                 "without ranks; train a low-rank method to choose a rank"
             )
-        if not 1 <= rank <= limit:
-            raise RankError(f"adapter {name!r}: rank {rank} must lie in 1..{limit}")
+        if not isinstance(rank, int) or not 1 <= rank <= limit:
+            raise RankError(f"adapter {name!r}: rank {rank} must be a whole number in 1..{limit}")
+        if not 0 <= first < rank:
+            raise RankError(f"adapter {name!r}: first={first} must lie in 0..{rank - 1}")
         if name in self.merged_adapters and rank != adapter.rank:
             raise RankError(f"adapter {name!r} is merged at rank {adapter.rank}; unmerge it first")
         adapter.rank, adapter.first = rank, first
@@ -120,11 +122,6 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., d_in] to [..., d_out]: the base layer plus every active adapter."""
-        if "adapter_names" in kwargs:
-            raise LayerError(
-                "adapter_names: one adapter per row of a batch is not supported; "
-                "export the adapters as LoRA and serve them with PEFT or vLLM"
-            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -35,7 +36,8 @@ class RankScope:
 
     def __exit__(self, *exc: object) -> None:
         for layer, name, rank, first in self._before:
-            layer.set_rank(name, rank, first)
+            if name in layer.adapters and name not in layer.merged_adapters:
+                layer.set_rank(name, rank, first)
 
 
 class AnyRankModel(BaseTuner):
@@ -75,6 +77,19 @@ class AnyRankModel(BaseTuner):
             scope.__exit__()
             raise
         return scope
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        """Called around every forward pass of a PeftModel: refuse batches of mixed adapters.
+
+        Raises:
+            LayerError: the call names an adapter per row.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise LayerError(
+                "adapter_names: one adapter per row of a batch is not supported; "
+                "export the adapters as LoRA and serve them with PEFT or vLLM"
+            )
+        return nullcontext()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast as PEFT does, which makes new parameters; what was frozen stays frozen."""
