@@ -17,7 +17,7 @@ SRC = Path(anyrank.__file__).parent
 # holds no more than names; its lazy table consists of strings and of TYPE_CHECKING imports.
 LAYERS = (
     ("errors", "_plugins"),
-    ("__init__", "files"),
+    ("__init__", "files", "allocator"),
     ("algebra", "schedule"),
     ("methods",),
     ("kernels",),

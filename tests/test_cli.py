@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tiny_tokenizers import CHAT, tiny_tokenizer
 
 from anyrank.cli import run
 from anyrank.training.run import Run
@@ -83,15 +84,18 @@ def test_train_sweep_and_export_as_commands(base_folder, rows_file, tmp_path):
             assert written.stat().st_size == row["bytes"]
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(base_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("cut", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_an_interrupted_run_resumes_bit_for_bit(base_folder, rows_file, tmp_path, cut):
     steps = ["--save_steps", "3", "--max_steps", "6"]
     assert train(base_folder, rows_file, tmp_path / "whole", *steps) == 0
     out = tmp_path / "cut"
     assert train(base_folder, rows_file, out, *steps) == 0
     for name in ("result.json", "adapter_model.safetensors", "adapter_config.json"):
         (out / name).unlink()
-    newest = out / "checkpoint-6" / "optimizer.pt"  # as if the machine had died while writing it
+    newest = out / "checkpoint-6" / cut  # as if the machine had died while writing it
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with open(out / "metrics.jsonl", "a") as lines:
+        lines.write('{"step": 6, "lo')
 
     assert train(base_folder, rows_file, out, *steps, "--resume_from_checkpoint", "true") == 0
     resumed = load_file(out / "adapter_model.safetensors")
@@ -129,6 +133,50 @@ def test_exact_match_answers_by_generation(base_folder, rows_file, tmp_path):
     assert run(["sweep", str(tmp_path / "run"), *words.split()]) == 0
     found = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert found["base"]["exact_match"] == found["ranks"][0]["exact_match"] == 0.0
+
+
+def test_a_chat_template_goes_with_the_run(base_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    rows.write_text((json.dumps({"messages": talk}) + "\n") * 12)
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    more = ["--chat_template_path", str(tmp_path / "chat.jinja"), "--eval_size", "4"]
+    assert train(base_folder, rows, tmp_path / "one", "--max_steps", "1", *more) == 0
+    assert run(["sweep", str(tmp_path / "one")]) == 0
+    found = json.loads((tmp_path / "one" / "sweep.json").read_text())
+    assert (found["rows"], found["tokens"]) == (4, 4 * len(tiny_tokenizer()("Yes.<end>\n").input_ids))
+    config = str(tmp_path / "one" / "config.yaml")
+    assert run(["train", "--config", config, "--output_dir", str(tmp_path / "two")]) == 0
+
+
+def test_a_sweep_of_other_data_may_name_its_columns(base_folder, rows_file, tmp_path):
+    assert train(base_folder, rows_file, tmp_path / "run", "--max_steps", "1") == 0
+    (tmp_path / "qa.csv").write_text("question,answer\nHow many?,Two apples.\n")
+    words = f"--dataset {tmp_path / 'qa.csv'} --prompt_column question --completion_column answer"
+    assert run(["sweep", str(tmp_path / "run"), *words.split()]) == 0
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text())["rows"] == 1
+
+
+def test_ranks_may_be_a_yaml_list_and_are_the_ones_that_are_swept(base_folder, rows_file, tmp_path):
+    (tmp_path / "c.yaml").write_text("ranks: [8, 3]\nlora_target_modules: q_proj\n")
+    more = ["--config", str(tmp_path / "c.yaml"), "--max_steps", "1", "--eval_size", "4"]
+    assert train(base_folder, rows_file, tmp_path / "run", *more) == 0
+    assert Run.open(tmp_path / "run").config["ranks"] == "3,8"
+    assert run(["sweep", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert [row["rank"] for row in found["ranks"]] == [3, 8]
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {key.split(".")[-2] for key in tensors} == {"q_proj"}
+
+
+def test_a_diverged_run_chooses_no_rank(base_folder, rows_file, tmp_path, capsys):
+    more = ["--max_steps", "3", "--learning_rate", "1e30", "--eval_size", "4"]
+    assert train(base_folder, rows_file, tmp_path / "run", *more) == 0
+    assert run(["sweep", str(tmp_path / "run")]) == 0
+    assert "No rank has a finite loss: the run diverged" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert found["chosen_rank"] is None
+    assert found["ranks"][-1]["loss"] is None
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep", "export"])

@@ -219,6 +219,28 @@ def test_nf4_without_bitsandbytes(refusal, monkeypatch):
         ),
         (
             "export",
+            ["TMP", "TMP/out", "--rank", "1,2"],
+            "name one rank with --rank 8, or several with --ranks 4,8,16",
+        ),
+        (
+            "sweep",
+            ["TMP", "--limit", "0"],
+            "argument --limit: '0' must be a whole number from 1; see anyrank sweep --help",
+        ),
+        (
+            "sweep",
+            ["TMP", "--tolerance", "nan"],
+            "argument --tolerance: 'nan' must be a number from 0, in nats per token; see anyrank "
+            "sweep --help",
+        ),
+        (
+            "sweep",
+            ["TMP", "--answer_pattern", "("],
+            "argument --answer_pattern: '(' is no regular expression (missing ), unterminated "
+            "subpattern at position 0); see anyrank sweep --help",
+        ),
+        (
+            "export",
             ["TMP", "TMP/out", "--rank", "1", "--to", "lore"],
             "--to lore is unknown; did you mean lora?",
         ),
@@ -227,3 +249,59 @@ def test_nf4_without_bitsandbytes(refusal, monkeypatch):
 def test_the_other_verbs(refusal, tmp_path, verb, words, text):
     words = [word.replace("TMP", str(tmp_path)) for word in words]
     assert refusal(None, *words, verb=verb) == text
+
+
+def test_an_option_that_would_do_nothing(refusal):
+    assert refusal(None, "--method", "qlora", "--ranks", "1,8", "--load_in_4bit", "false") == (
+        "ranks=[1, 8] chooses among nested ranks, but method='qlora' trains its largest rank "
+        "alone; add nested=True, or leave ranks out"
+    )
+    assert refusal(None, "--truncation_mode", "keep_end") == (
+        "truncation_mode='keep_end' is not supported: rows are cut at their end; leave it out"
+    )
+    assert refusal(None, "--eval_size", "0") == (
+        "eval_size=0 must be a share or a count above 0, and is not for use beside eval_dataset; "
+        "leave one of them out"
+    )
+    assert refusal(None, "--max_steps", "0") == (
+        "max_steps=0 trains nothing; give 1 or more, or num_train_epochs"
+    )
+
+
+@pytest.mark.parametrize("key", ["trust_remote_code", "env"])
+def test_trust_is_not_taken_from_a_file(refusal, tmp_path, key):
+    (tmp_path / "c.yaml").write_text(f"{key}: true\n")
+    assert refusal(None, "--config", str(tmp_path / "c.yaml")).startswith(
+        f"--config TMP/c.yaml: {key} is not taken from a file; "
+    )
+
+
+def test_a_step_that_its_ranks_cannot_share_leaves_the_folder_free(refusal, tmp_path):
+    assert refusal(None, "--schedule", "sandwich") == (
+        "gradient_accumulation_steps=1 must be a multiple of 3, the ranks that "
+        "schedule='sandwich' trains per step; set it to 3 and divide the batch size by 3"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_frees_its_folder(refusal, tmp_path):
+    text = refusal(None, "--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"a": 1}')
+    assert text.endswith("(--debug shows where)")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
+    assert refusal(None, "--resume_from_checkpoint", "true") == (
+        "TMP/run: no whole checkpoint among 0 to resume from; start again in another output_dir"
+    )
+    assert refusal(None, "--resume_from_checkpoint", str(tmp_path / "x")) == (
+        "resume_from_checkpoint=TMP/x: no whole checkpoint; give the path of one, or true for the "
+        "newest of output_dir"
+    )
+
+
+def test_a_chat_template_that_is_not_there(refusal):
+    assert refusal(None, "--chat_template_path", "nope.jinja") == (
+        "chat_template_path=nope.jinja: no such file or folder; give a Jinja file, or a folder "
+        "with a tokenizer"
+    )

@@ -6,7 +6,8 @@ import argparse
 import itertools
 import json
 import logging
-import os
+import math
+import re
 import shlex
 import sys
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import allocator
 from .errors import AnyRankError, ConfigError, nearest
 
 HELP = """\
@@ -56,12 +58,6 @@ Run      --output_dir             new folder                  --report_to      n
 --config takes the same keys from YAML. --help_all lists every key (all of TRL's SFTConfig).
 """
 
-_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
 
 def main() -> NoReturn:
     """The `anyrank` command."""
@@ -69,7 +65,7 @@ def main() -> NoReturn:
     if "--keep_malloc" in argv:
         argv.remove("--keep_malloc")
     elif argv and argv[0] in ("train", "sweep", "demo"):
-        _keep_buffers(argv)
+        allocator.keep_buffers(argv)
     sys.exit(run(argv))
 
 
@@ -94,6 +90,7 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        _end_bars()
         print(f"anyrank: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -112,8 +109,10 @@ def _train(argv: list[str]) -> None:
 
     result = train(*chosen)
     folder = chosen[-1].output_dir
-    if _MALLOC.items() <= os.environ.items():
+    if allocator.keeps_buffers():
         print("glibc was told to keep freed buffers for reuse; --keep_malloc leaves it as it is.")
+    if chosen[-1].process_index:
+        return
     print(f"Trained {result['steps']} steps in {result['seconds']:.0f} s; the run is in {folder}.")
     print(f"Next: anyrank sweep {folder}")
 
@@ -123,14 +122,18 @@ def _sweep(argv: list[str]) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of a finished anyrank train")
     add("--dataset", help="rows to evaluate on (default: the run's validation rows)")
-    add("--split", default="test", help="split of a Hub data set or a folder (test)")
-    add("--ranks", help="such as 1,2,4,8 (default: powers of two)")
-    add("--limit", type=int, metavar="N", help="use the first N rows")
-    add("--batch_size", type=int, default=8, metavar="N", help="rows per forward pass (8)")
-    add("--tolerance", type=float, metavar="NATS", help="loss that a smaller rank may lose (0.02)")
+    add("--dataset_config", help="configuration of a Hub data set")
+    add("--split", help="split of a Hub data set or a folder (test)")
+    add("--prompt_column", help="column of the prompt (default: as in the run)")
+    add("--completion_column", help="column of the completion (default: as in the run)")
+    add("--ranks", help="such as 1,2,4,8 (default: those trained, or a doubling series)")
+    add("--limit", type=_count, metavar="N", help="use the first N rows")
+    add("--batch_size", type=_count, metavar="N", help="rows per forward pass (8)")
+    add("--tolerance", type=_nats, metavar="NATS", help="loss that a smaller rank may lose (0.02)")
     add("--exact_match", action="store_true", help="also answer every row and compare")
-    add("--answer_pattern", metavar="REGEX", help="compare only the last match of it")
-    add("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (128)")
+    add("--answer_pattern", type=_regex, metavar="REGEX", help="compare only its last match")
+    add("--max_new_tokens", type=_count, metavar="N", help="longest answer (128)")
+    add("--trust_remote_code", action="store_true", help="run code that the model brings along")
     add("--out", type=Path, help="folder for sweep.json and sweep.png (default: RUN)")
     add("--json", action="store_true", help="print sweep.json instead of the table")
     chosen = vars(parser.parse_args(argv))
@@ -143,16 +146,24 @@ def _sweep(argv: list[str]) -> None:
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
     chosen["ranks"] = rank_list(chosen["ranks"], "ranks")
-    if chosen["tolerance"] is None:
-        del chosen["tolerance"]
-    found = sweep_run(run_folder, SweepOptions(**chosen))
+    given = {key: value for key, value in chosen.items() if value not in (None, False)}
+    for key, needs in _ONLY_WITH.items():
+        if key in given and needs not in given:
+            raise ConfigError(
+                f"--{key} does nothing without --{needs}; add it, or leave --{key} out"
+            )
+    found = sweep_run(run_folder, SweepOptions(**given))
     if as_json:
         print(json.dumps(found, indent=2))
         return
     from rich.console import Console
 
     Console().print(table(found))
-    if found["chosen_rank"]:
+    if not found["nested"] and len(found["ranks"]) > 1:
+        print("Note: this run trained its largest rank alone; its prefixes never learned to stand.")
+    if found["chosen_rank"] is None and found["ranks"][0]["rank"]:
+        print("No rank has a finite loss: the run diverged; train with a lower --learning_rate.")
+    elif found["chosen_rank"]:
         rank = found["chosen_rank"]
         print(
             f"Chosen: rank {rank}, the smallest within {found['tolerance']:g} nats per token of "
@@ -172,10 +183,10 @@ def _export(argv: list[str]) -> None:
     from .export.verb import export_ranks
     from .schedule import rank_list
 
-    if (chosen.rank is None) == (chosen.ranks is None):
-        raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
     name = "rank" if chosen.ranks is None else "ranks"
     ranks = rank_list(getattr(chosen, name), name) or []
+    if (chosen.rank is None) == (chosen.ranks is None) or (name == "rank" and len(ranks) != 1):
+        raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
     for line in export_ranks(chosen.run, chosen.out, ranks, chosen.to, several=name == "ranks"):
         print(line)
 
@@ -207,6 +218,40 @@ def _first_free(name: str) -> Path:
     return next(path for path in map(Path, names) if not path.exists())
 
 
+_ONLY_WITH = {
+    "answer_pattern": "exact_match",
+    "max_new_tokens": "exact_match",
+    "dataset_config": "dataset",
+    "split": "dataset",
+    "prompt_column": "dataset",
+    "completion_column": "dataset",
+}
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0, in nats per token")
+    return value
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+    return text
+
+
 VERBS: dict[str, Callable[[list[str]], Any]] = {
     "train": _train,
     "sweep": _sweep,
@@ -233,20 +278,14 @@ def _quiet(debug: bool) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def _end_bars() -> None:
+    """Leave the line of a progress bar before an error is printed."""
+    if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
+        print(file=sys.stderr)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, AnyRankError):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _keep_buffers(argv: list[str]) -> None:
-    """Start again with glibc told to keep large buffers, which it reads at process start only.
-
-    On a CPU it otherwise hands them back to the kernel after every use, and a step pays for the
-    page faults: measured 4.4 s against 0.8 s for a 6 M model (24 x 256 tokens, two cores).
-    """
-    on_gpu = Path("/dev/nvidiactl").exists()
-    if on_gpu or not sys.platform.startswith("linux") or any(key in os.environ for key in _MALLOC):
-        return
-    os.execve(sys.executable, [sys.executable, "-m", "anyrank", *argv], {**os.environ, **_MALLOC})

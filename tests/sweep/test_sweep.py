@@ -98,7 +98,7 @@ def test_exact_match_compares_the_whole_answer_or_the_last_match(pattern, wanted
         ({1: 3.0, 8: 2.51, 64: 2.50}, 0.0, 64),
         ({1: 2.0, 8: 2.5}, 0.02, 1),
         ({1: float("nan"), 8: 2.5, 64: 2.5}, 0.02, 8),
-        ({8: float("nan"), 64: float("nan")}, 0.02, 64),
+        ({8: float("nan"), 64: float("inf")}, 0.02, None),
     ],
 )
 def test_the_smallest_rank_within_the_tolerance_is_chosen(losses, tolerance, chosen):

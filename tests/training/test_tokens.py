@@ -13,11 +13,11 @@ MANY = [275, 91, 288, 93, 273, 35]  # "How many apples?"
 FORTY_TWO, SPACE_FORTY_TWO = 274, 286  # "42", " 42"
 
 
-def tokenize(*rows, tokenizer=None, max_length=None, **options):
+def tokenize(*rows, tokenizer=None, chat=None, max_length=None, **options):
     """The rows as [(input_ids, labels)], and the report."""
     made, report = tokenize_rows(
         datasets.Dataset.from_list(list(rows)),
-        tokenizer or tiny_tokenizer(),
+        tokenizer or tiny_tokenizer(chat=chat),
         max_length=max_length,
         **options,
     )
@@ -143,19 +143,19 @@ def test_messages_teach_every_assistant_turn_with_its_end():
     labels = [x if any(t in span for span in spans) else -100 for t, x in enumerate(ids)]
     assert [x for x in labels if x != -100] == [FORTY_TWO, END, NEWLINE, AAB, END, NEWLINE]
     assert tokenize({"messages": TALK}, tokenizer=tokenizer)[0] == [(ids, labels)]
-    assert tokenize({"messages": TALK}, chat_template=CHAT)[0] == [(ids, labels)]
+    assert tokenize({"messages": TALK}, chat=CHAT)[0] == [(ids, labels)]
 
 
 def test_completion_only_false_teaches_whole_conversations_of_any_template():
     ids, _ = talk_ids(tiny_tokenizer())
     row = {"messages": TALK}
-    assert tokenize(row, chat_template=CHAT, completion_only=False)[0] == [(ids, ids)]
-    rows, _ = tokenize(row, chat_template=CHANGING, completion_only=False)
+    assert tokenize(row, chat=CHAT, completion_only=False)[0] == [(ids, ids)]
+    rows, _ = tokenize(row, chat=CHANGING, completion_only=False)
     assert rows[0][0] == rows[0][1]
 
 
 def test_a_conversation_that_an_assistant_opens_is_taught_from_its_start():
-    rows, _ = tokenize({"messages": [TALK[1], TALK[2]]}, chat_template=CHAT)
+    rows, _ = tokenize({"messages": [TALK[1], TALK[2]]}, chat=CHAT)
     (ids, labels) = rows[0]
     end = ids.index(END) + 2  # and the newline
     assert labels == ids[:end] + [-100] * (len(ids) - end)
@@ -169,7 +169,7 @@ def test_a_token_across_the_end_of_a_turn_is_taught():
         {"role": "assistant", "content": "aa"},
         {"role": "user", "content": "b\n"},
     ]
-    rows, _ = tokenize({"messages": talk}, chat_template=template)
+    rows, _ = tokenize({"messages": talk}, chat=template)
     assert rows == [([A, NEWLINE, AAB, NEWLINE], [-100, -100, AAB, -100])]
 
 
@@ -182,7 +182,7 @@ def test_messages_need_a_chat_template():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     one = {"messages": TALK[:2]}
-    assert refusal(one, {"messages": TALK}, chat_template=CHANGING) == (
+    assert refusal(one, {"messages": TALK}, chat=CHANGING) == (
         "chat template of the tokenizer: it renders differently, once more messages "
         "follow, message 2 of row 2, so the assistant's tokens cannot be told; give another "
         "--chat_template_path, or rows of prompt and completion"
@@ -197,16 +197,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 def test_a_template_that_does_not_render_its_own_prompt_or_the_answer_is_refused():
     thinking = CHAT.replace("<turn>assistant\n{% endif", "<turn>assistant\n<think>{% endif")
     assert "it has a generation prompt that does not begin message 2 of row 1, so" in refusal(
-        {"messages": TALK}, chat_template=thinking
+        {"messages": TALK}, chat=thinking
     )
     wordless = CHAT.replace("{{ m.content }}", "")
     assert "it leaves out the text of message 2 of row 1, so" in refusal(
-        {"messages": TALK}, chat_template=wordless
+        {"messages": TALK}, chat=wordless
     )
 
 
 def test_a_template_that_refuses_a_row_is_named_with_it():
-    assert refusal({"messages": TALK}, chat_template=STRICT) == (
+    assert refusal({"messages": TALK}, chat=STRICT) == (
         "chat template of the tokenizer: it refuses row 1 (no such conversation); correct "
         "the row, or give another --chat_template_path"
     )

@@ -193,9 +193,9 @@ def export_lora(adapter: SavedAdapter | str | Path, out: str | Path, rank: int) 
     return out
 
 
-def vllm_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM that serves this rank."""
-    return next((r for r in VLLM_RANKS if r >= rank), VLLM_RANKS[-1])
+def vllm_rank(rank: int) -> int | None:
+    """The smallest `--max-lora-rank` of vLLM that serves this rank; None: it serves no such."""
+    return next((r for r in VLLM_RANKS if r >= rank), None)
 
 
 def _provenance(adapter: SavedAdapter, rank: int) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, nearest
-from ..files import refuse_filled
-from .lora import SavedAdapter, export_lora, vllm_rank
+from ..files import refuse_filled, require_disk
+from .lora import VLLM_RANKS, SavedAdapter, export_lora, lora_size, vllm_rank
 
 FORMATS = ("lora",)
 
@@ -37,14 +38,23 @@ def export_ranks(
     if not adapter.config.nested and any(rank != adapter.config.rows for rank in ranks):
         yield (
             f"warning: {adapter.config.method} was trained at rank {adapter.config.rows} alone; "
-            "a smaller prefix of it was never trained to stand by itself (see --nested true)"
+            "a smaller prefix of it never learned to stand by itself (see --nested true)"
         )
+    require_disk(out, sum(lora_size(adapter, rank) for rank in ranks), "the export")
     for rank, target in targets.items():
         export_lora(adapter, target, rank)
         yield f"rank {rank}: {target}"
-    base = adapter.config.base_model_name_or_path or "BASE"
-    names = " ".join(f"r{rank}={target}" for rank, target in targets.items())
-    yield (
-        f"Serve: vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(max(ranks))} "
-        f"--lora-modules {names}"
-    )
+    yield _serve(adapter, targets)
+
+
+def _serve(adapter: SavedAdapter, targets: Mapping[int, Path]) -> str:
+    """The line that serves the exports with vLLM, or why it cannot."""
+    needed = vllm_rank(max(targets))
+    if needed is None:
+        return f"vLLM serves ranks up to {VLLM_RANKS[-1]}; use PEFT for this one"
+    if adapter.config.modules_to_save:
+        modules = ", ".join(adapter.config.modules_to_save)
+        return f"vLLM serves no adapter with fully trained modules ({modules}); use PEFT"
+    words = ["vllm", "serve", adapter.config.base_model_name_or_path or "BASE", "--enable-lora"]
+    words += ["--max-lora-rank", str(needed), "--lora-modules"]
+    return f"Serve: {shlex.join([*words, *(f'r{rank}={path}' for rank, path in targets.items())])}"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DataError
+
 IGNORED = -100
 
 
@@ -119,6 +121,9 @@ def exact_match(
         max_new_tokens: longest answer in tokens.
         pattern: compare only the last match of this expression (its first group, if it has one).
         batch_size: prompts per generation.
+
+    Raises:
+        DataError: a row has no prompt to answer.
     """
 
     def answer(text: str) -> str:
@@ -131,6 +136,8 @@ def exact_match(
     prompts, wanted = [], []
     for row in rows:
         first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+        if not first:
+            raise DataError("exact_match: a row has no prompt; it needs prompt and completion rows")
         prompts.append(row["input_ids"][:first])
         completion = [label for label in row["labels"] if label != IGNORED]
         wanted.append(answer(tokenizer.decode(completion, skip_special_tokens=True)))

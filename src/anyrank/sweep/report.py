@@ -11,7 +11,7 @@ from ..files import write_json
 def write_report(folder: Path, found: dict[str, Any]) -> None:
     """Write sweep.png (where there is a curve) and then sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    if len(found["ranks"]) > 1:
+    if found["chosen_rank"] and len(found["ranks"]) > 1:
         plot(folder / "sweep.png", found)
     write_json(folder / "sweep.json", found)
 

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..export.lora import SavedAdapter, lora_size
 from ..training.arguments import DataArguments, ModelArguments
-from ..training.base import load_base, load_tokenizer
+from ..training.base import load_base
 from ..training.data import DataSource, load_rows, split_rows
 from ..training.run import Run
 from ..training.tokens import tokenize_rows
 from .choose import TOLERANCE, choose_rank
-from .evaluate import evaluate_ranks, exact_match
+from .evaluate import IGNORED, Rows, evaluate_ranks, exact_match
 from .report import write_report
 
 
@@ -29,7 +31,10 @@ class SweepOptions:
     """What to evaluate; None follows the run."""
 
     dataset: str | None = None
+    dataset_config: str | None = None
     split: str = "test"
+    prompt_column: str | None = None
+    completion_column: str | None = None
     ranks: list[int] | None = None
     limit: int | None = None
     batch_size: int = 8
@@ -38,6 +43,7 @@ class SweepOptions:
     answer_pattern: str | None = None
     max_new_tokens: int = 128
     out: Path | None = None
+    trust_remote_code: bool = False
 
 
 def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
@@ -46,65 +52,75 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     Raises:
         AnyRankError: the run, the data or a rank is not as needed.
     """
-    from peft import PeftModel
-
     run = Run.open(folder)
     disable_progress_bars()
     adapter = SavedAdapter.read(run.folder)
     ranks = ranks_to_sweep(adapter, options.ranks)
-    arguments = _chosen(ModelArguments, run.config)
-    trust = bool(run.config.get("trust_remote_code", False))
-    tokenizer = load_tokenizer(arguments, trust_remote_code=trust)
-    source, text_rows = validation_rows(run, options)
-    rows, _ = tokenize_rows(
-        text_rows,
-        tokenizer,
-        max_length=run.config.get("max_length"),
-        completion_only=run.config.get("completion_only_loss") is not False,
-    )
-    base = load_base(arguments, in_4bit=run.config["load_in_4bit"], trust_remote_code=trust)
-    model = PeftModel.from_pretrained(base, str(run.folder))
-    examples = rows.to_list()
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    source, rows = _token_rows(run, options, tokenizer)
     answers = None
     if options.exact_match:
         answers = exact_match(
             tokenizer,
-            examples,
+            rows,
             max_new_tokens=options.max_new_tokens,
             pattern=options.answer_pattern,
-            batch_size=4 * options.batch_size,
+            batch_size=options.batch_size,
         )
+    model = _load(run, options)
     with _bar() as bar:
-        task = bar.add_task("sweep", total=len(ranks) + 1 if ranks else 2)
+        task = bar.add_task("sweep", total=max(len(ranks), 1) + 1)
 
         def progress(what: str) -> None:
             bar.update(task, description=what, advance=0 if what == "base" else 1)
 
-        base_score, scores = evaluate_ranks(
-            model, examples, ranks, batch_size=options.batch_size, answers=answers,
-            progress=progress,
-        )  # fmt: skip
+        base, scores = evaluate_ranks(
+            model, rows, ranks, batch_size=options.batch_size, answers=answers, progress=progress
+        )
         bar.update(task, advance=1, description="done")
+    chosen = choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
     found = {
-        "base": base_score.as_dict(),
+        "base": base.as_dict(),
         "ranks": [
             {"rank": rank or None, **s.as_dict(), **_size(adapter, rank)}
             for rank, s in scores.items()
         ],
-        "chosen_rank": choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
-        or None,
+        "chosen_rank": chosen or None,
         "tolerance": options.tolerance,
         "method": run.config["method"],
+        "nested": adapter.config.nested,
         "dataset": source,
-        "rows": len(examples),
-        "tokens": sum(sum(label != -100 for label in e["labels"][1:]) for e in examples),
+        "rows": len(rows),
+        "tokens": sum(label != IGNORED for row in rows for label in row["labels"][1:]),
     }
     write_report(options.out or run.folder, found)
     return found
 
 
+def _token_rows(run: Run, options: SweepOptions, tokenizer: Any) -> tuple[str, Rows]:
+    """The name of the validation data, and its rows as token ids and labels."""
+    source, rows = validation_rows(run, options)
+    tokens, _ = tokenize_rows(
+        rows,
+        tokenizer,
+        max_length=run.config.get("max_length"),
+        completion_only=run.config.get("completion_only_loss") is not False,
+    )
+    return source, tokens.to_list()
+
+
+def _load(run: Run, options: SweepOptions) -> Any:
+    """The base in the precision of the run, with the adapter."""
+    base = load_base(
+        _chosen(ModelArguments, run.config),
+        in_4bit=run.config["load_in_4bit"],
+        trust_remote_code=options.trust_remote_code,
+    )
+    return PeftModel.from_pretrained(base, str(run.folder))
+
+
 def ranks_to_sweep(adapter: SavedAdapter, asked: Sequence[int] | None) -> list[int]:
-    """The ranks asked for, or the powers of two up to the largest rank.
+    """The ranks asked for, those that were trained, or a doubling series up to the largest.
 
     An adapter that was not nested has one rank; its prefixes were never trained by themselves.
 
@@ -120,9 +136,10 @@ def ranks_to_sweep(adapter: SavedAdapter, asked: Sequence[int] | None) -> list[i
         return []
     if not config.nested:
         return [config.rows]
-    powers = [2**i for i in range(int(math.log2(config.rows)) + 1)]
-    allowed = config.rank_schedule().choices
-    return sorted({rank for rank in powers if rank in allowed} | {config.rows})
+    if config.ranks is not None:
+        return sorted(set(config.ranks))
+    doublings = range(int(math.log2(config.rows / config.rank_unit)) + 1)
+    return sorted({config.rank_unit * 2**i for i in doublings} | {config.rows})
 
 
 def validation_rows(run: Run, options: SweepOptions) -> tuple[str, Any]:
@@ -136,9 +153,10 @@ def validation_rows(run: Run, options: SweepOptions) -> tuple[str, Any]:
     if options.dataset is not None:
         source = DataSource(
             options.dataset,
+            name=options.dataset_config,
             split=options.split,
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
+            prompt_column=options.prompt_column or data.prompt_column,
+            completion_column=options.completion_column or data.completion_column,
             text_column=text,
             limit=options.limit,
         )
@@ -149,7 +167,7 @@ def validation_rows(run: Run, options: SweepOptions) -> tuple[str, Any]:
         rows = split_rows(load_rows(data.source(text)), data.eval_size, run.config["seed"])[1]
     else:
         raise ConfigError(f"{run.folder}: the run had no validation rows; name some with --dataset")
-    limit = min(options.limit or len(rows), len(rows))
+    limit = len(rows) if options.limit is None else min(options.limit, len(rows))
     return data.eval_dataset or f"{data.eval_size:g} of {data.dataset}", rows.select(range(limit))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import ConfigError
 from ..schedule import rank_list
 from ..tuner import AnyRankConfig
-from .data import DataSource
+from .formats import DataSource
 
 _ADAPTER_TEXTS = {f.name: f.metadata.get("help", "") for f in fields(AnyRankConfig)}
 _ADAPTER_FIELDS = {  # option -> field of AnyRankConfig
@@ -57,6 +58,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError(f"dtype={self.dtype!r} must be auto, bfloat16, float16 or float32")
+        self.model_name_or_path = _absolute(self.model_name_or_path)
 
 
 @dataclass
@@ -80,6 +82,13 @@ class AdapterArguments:
     ranks_per_step: int = _adapter_option("ranks_per_step", 1)
     frozen_rows: bool = _adapter_option("frozen_rows", False)
 
+    def __post_init__(self) -> None:
+        for name in ("lora_target_modules", "lora_exclude_modules", "lora_modules_to_save"):
+            if isinstance(getattr(self, name), str):  # a YAML file with one name
+                setattr(self, name, [getattr(self, name)])
+        ranks = rank_list(self.ranks, "ranks")
+        self.ranks = None if ranks is None else ",".join(map(str, ranks))
+
     def config(self) -> AnyRankConfig:
         """The same choices as an adapter configuration."""
         values = {
@@ -89,8 +98,8 @@ class AdapterArguments:
         }
         values["ranks"] = rank_list(self.ranks, "ranks")
         modules = values.get("target_modules")
-        if modules and len(modules) == 1:  # all-linear, or one regular expression
-            values["target_modules"] = modules[0]
+        if modules and len(modules) == 1 and not modules[0].replace("_", "").isalnum():
+            values["target_modules"] = modules[0]  # all-linear, or a regular expression
         return AnyRankConfig(task_type="CAUSAL_LM", **values)  # type: ignore[arg-type]
 
 
@@ -110,6 +119,14 @@ class DataArguments:
     completion_column: str | None = _option(None, "Column of the completion, likewise.")
     dataset_limit: int | None = _option(None, "Use only the first N rows.")
 
+    def __post_init__(self) -> None:
+        self.dataset, self.eval_dataset = _absolute(self.dataset), _absolute(self.eval_dataset)
+        if self.eval_size is not None and (self.eval_dataset or self.eval_size <= 0):
+            raise ConfigError(
+                f"eval_size={self.eval_size:g} must be a share or a count above 0, and is not for "
+                "use beside eval_dataset; leave one of them out"
+            )
+
     def source(self, text_column: str) -> DataSource:
         """The training rows."""
         assert self.dataset is not None
@@ -119,7 +136,8 @@ class DataArguments:
         """The validation rows, if they lie in a data set of their own."""
         if self.eval_dataset is None:
             return None
-        return self._source(self.eval_dataset, self.eval_split, text_column, None)
+        source = self._source(self.eval_dataset, self.eval_split, text_column, None)
+        return replace(source, name=None) if Path(self.eval_dataset).exists() else source
 
     def _source(self, dataset: str, split: str, text: str, limit: int | None) -> DataSource:
         return DataSource(
@@ -131,6 +149,18 @@ class DataArguments:
             text_column=text,
             limit=limit,
         )
+
+
+def _absolute(name: str | None) -> str | None:
+    """A path that exists in full, so that a run can be swept from anywhere; else as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
+_UNUSED = {
+    "truncation_mode": ("keep_start", "rows are cut at their end"),
+    "dataset_kwargs": (None, "rows are prepared before the trainer sees them"),
+    "model_init_kwargs": (None, "use --dtype, --attn_implementation and the like"),
+}
 
 
 @dataclass
@@ -153,3 +183,14 @@ class TrainArguments(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:  # its newer name
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        for name, (usual, reason) in _UNUSED.items():
+            if getattr(self, name) not in (usual, None):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not supported: {reason}; leave it out"
+                )
+        if self.assistant_only_loss and self.completion_only_loss is False:
+            raise ConfigError(
+                "assistant_only_loss=True contradicts completion_only_loss=False; leave one out"
+            )
+        if self.max_steps == 0:
+            raise ConfigError("max_steps=0 trains nothing; give 1 or more, or num_train_epochs")

@@ -11,7 +11,23 @@ from transformers import trainer as hf_trainer
 from transformers.trainer_callback import TrainerCallback
 
 from ..errors import ConfigError
+from ..schedule import Schedule
 from .plan import RankPlan, active_adapters
+
+
+def check_micro_batches(schedule: Schedule, per_step: int) -> None:
+    """Raise unless the micro-batches of a step can be shared evenly by its ranks.
+
+    Raises:
+        ConfigError: `per_step` is no multiple of the ranks that the schedule trains per step.
+    """
+    draws = schedule.draws
+    if per_step % draws:
+        raise ConfigError(
+            f"gradient_accumulation_steps={per_step} must be a multiple of {draws}, the ranks "
+            f"that schedule={schedule.kind!r} trains per step; set it to {draws} and divide the "
+            f"batch size by {draws}"
+        )
 
 
 class RankCallback(TrainerCallback):
@@ -39,14 +55,7 @@ class RankCallback(TrainerCallback):
                 model, optimizer, total=state.max_steps, seed=args.seed, adapter_name=name
             )
             self.plans.append(plan)
-            if args.gradient_accumulation_steps % plan.schedule.draws:
-                draws = plan.schedule.draws
-                plan.close()
-                raise ConfigError(
-                    f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be a "
-                    f"multiple of {draws}, the ranks that schedule={plan.schedule.kind!r} trains "
-                    f"per step; set it to {draws} and divide the batch size by {draws}"
-                )
+            check_micro_batches(plan.schedule, args.gradient_accumulation_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw for this optimizer step and set the rank of its first micro-batch."""

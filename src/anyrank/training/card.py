@@ -23,12 +23,13 @@ _SETTINGS = (
 )
 
 
-def model_card(options: dict[str, Any], result: dict[str, Any]) -> str:
+def model_card(options: dict[str, Any], result: dict[str, Any], rows: int) -> str:
     """The text of README.md beside an adapter.
 
     Args:
         options: the resolved options of the run.
         result: its figures.
+        rows: the largest rank; 0 for a dense core.
     """
     settings = "\n".join(
         f"| {key} | {options[key]} |" for key in _SETTINGS if options.get(key) is not None
@@ -57,17 +58,27 @@ Base model: `{base}`. Data: `{options["dataset"]}`.
 
 ## Use
 
-At the largest rank, or cut to a smaller one:
-
 ```python
 import anyrank
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), ".")
-model.set_rank(8)
 ```
+{_ranks(rows, options)}"""
 
-`anyrank sweep .` shows the loss at every rank; `anyrank export . --rank 8 --to lora OUT` writes an
-ordinary LoRA for PEFT, vLLM or llama.cpp, which need no anyrank.
+
+def _ranks(rows: int, options: dict[str, Any]) -> str:
+    """What can be done with the ranks of this adapter; nothing for a dense core."""
+    if not rows:
+        return ""
+    text = f"""
+`anyrank export . OUT --rank {rows} --to lora` writes an ordinary LoRA for PEFT or vLLM, which
+need no anyrank.
 """
+    if options["nested"]:
+        text += f"""
+Ranks trained: {options["ranks"] or f"1 to {rows}"}. `model.set_rank(k)` cuts the adapter to rank k,
+`anyrank sweep .` shows the loss at each, and export takes any of them.
+"""
+    return text

@@ -15,6 +15,12 @@ from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArg
 Chosen = tuple[ModelArguments, AdapterArguments, DataArguments, TrainArguments]
 
 
+_NEVER_FROM_A_FILE = {
+    "trust_remote_code": "pass --trust_remote_code true on the command line if you trust the model",
+    "env": "set environment variables in the shell",
+}
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see anyrank train --help")
@@ -71,5 +77,9 @@ def _check_config_file(arguments: list[str], known: set[str]) -> None:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must hold one 'key: value' per line")
     for key in values:
-        if key not in known and key != "env":
+        if key in _NEVER_FROM_A_FILE:
+            raise ConfigError(
+                f"--config {path}: {key} is not taken from a file; {_NEVER_FROM_A_FILE[key]}"
+            )
+        if key not in known:
             raise ConfigError(f"--config {path}: key {key!r}: {nearest_option(str(key), known)}")

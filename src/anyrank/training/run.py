@@ -21,7 +21,11 @@ from ..errors import RunError
 from ..files import write_text
 
 CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
-_FREE_TO_CHANGE = {"resume_from_checkpoint", "output_dir", "save_total_limit", "logging_steps"}
+_FREE_TO_CHANGE = {"output_dir", "logging_steps", "report_to", "disable_tqdm"} | {
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+}
 
 
 @dataclass(frozen=True)
@@ -52,49 +56,54 @@ class Run:
         """Open a run, finished or not."""
         if not (folder / CONFIG).is_file():
             raise RunError(f"{folder}: not a run folder ({CONFIG} is missing); see anyrank train")
-        return cls(folder, yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        try:
+            config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{folder / CONFIG}: not valid YAML ({reason})") from error
+        if not isinstance(config, dict):
+            raise RunError(f"{folder / CONFIG}: must hold one 'key: value' per line")
+        return cls(folder, config)
 
 
-def check_output(folder: Path, resume: bool) -> None:
-    """Raise unless a new run may use `folder`, or (with `resume`) an unfinished one lies there.
+def check_output(folder: Path, options: dict[str, Any], resume: bool) -> None:
+    """Raise unless a new run may use `folder`, or (with `resume`) its unfinished run is this one.
 
     Raises:
-        RunError: the folder holds another run or other files.
+        RunError: the folder holds another run or other files, or the run that is to be resumed was
+            started with other options.
     """
     held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if folder.exists() and not folder.is_dir():
         raise RunError(f"output_dir={folder} is a file; name a folder")
     if RESULT in held:
         raise RunError(f"output_dir={folder} holds a finished run; name another folder")
-    if CONFIG in held and not resume:
-        raise RunError(
-            f"output_dir={folder} holds an unfinished run; go on with "
-            "--resume_from_checkpoint true, or name another folder"
-        )
     if held and CONFIG not in held:
         raise RunError(
             f"output_dir={folder} holds {len(held)} other files ({held[0]}, ...); "
             "name an empty or new folder"
         )
-
-
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.yaml, or (on resume) compare it with the one that is there.
-
-    Raises:
-        RunError: the run that is to be resumed was started with other options.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG).exists():
-        write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    if CONFIG not in held:
         return
+    if not resume:
+        raise RunError(
+            f"output_dir={folder} holds an unfinished run; go on with "
+            "--resume_from_checkpoint true, or name another folder"
+        )
     before = Run.read(folder).config
-    for key in sorted((before.keys() | config.keys()) - _FREE_TO_CHANGE):
-        if before.get(key) != config.get(key):
+    for key in sorted((before.keys() | options.keys()) - _FREE_TO_CHANGE):
+        if before.get(key) != options.get(key):
             raise RunError(
                 f"output_dir={folder}: its run has {key}={before.get(key)!r}, this one "
-                f"{config.get(key)!r}; resume with --config {folder / CONFIG}"
+                f"{options.get(key)!r}; resume with --config {folder / CONFIG}"
             )
+
+
+def claim(folder: Path, options: dict[str, Any]) -> None:
+    """Write config.yaml, the first file of a run; a run that is resumed has it already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).exists():
+        write_text(folder / CONFIG, yaml.safe_dump(options, sort_keys=False))
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -127,5 +136,29 @@ def is_whole(checkpoint: Path) -> bool:
             tensors.keys()
     except (OSError, ValueError, SafetensorError):
         return False
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    states = {checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"}
+    states |= {*checkpoint.glob("rng_state*.pth"), *checkpoint.glob("scaler.pt")}
     return all(zipfile.is_zipfile(path) for path in states)
+
+
+def checkpoint_to_resume(folder: Path, asked: str) -> Path:
+    """The checkpoint that was asked for: a path, or with "true" the newest whole one of a run.
+
+    Raises:
+        RunError: there is none, or the one named is not whole.
+    """
+    if asked.lower() == "true":
+        return newest_checkpoint(folder)
+    if not is_whole(Path(asked)):
+        raise RunError(
+            f"resume_from_checkpoint={asked}: no whole checkpoint; give the path of one, or true "
+            "for the newest of output_dir"
+        )
+    return Path(asked)
+
+
+def unclaim(folder: Path) -> None:
+    """Free the folder of a run that failed before its first checkpoint."""
+    if not any(folder.glob("checkpoint-*")):
+        for name in (CONFIG, METRICS):
+            (folder / name).unlink(missing_ok=True)

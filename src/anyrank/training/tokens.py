@@ -75,13 +75,11 @@ def tokenize_rows(
     *,
     max_length: int | None,
     completion_only: bool = True,
-    chat_template: str | None = None,
 ) -> tuple[datasets.Dataset, TokenReport]:
     """Rows of `load_rows` -> columns input_ids and labels, each list[int] of a row's length.
 
     max_length: tokens kept of a row, from its start (None: all). A row without a label left would
-    teach nothing and is dropped. completion_only=False: every token is a label. chat_template: the
-    Jinja text for messages, instead of the tokenizer's own.
+    teach nothing and is dropped. completion_only=False: every token is a label.
 
     Raises ConfigError (max_length < 2) or DataError (columns, chat template, no row left).
     """
@@ -89,7 +87,7 @@ def tokenize_rows(
         raise ConfigError(f"--max_length {max_length}: needs 2 tokens or more, to predict one")
     if not len(rows):
         raise DataError("no rows to tokenize; needs at least one")
-    encode = _encoder(rows.column_names, tokenizer, completion_only, chat_template)
+    encode = _encoder(rows.column_names, tokenizer, completion_only)
     tally = _Tally(max_length)
     tokenized = rows.map(
         lambda batch, indices: tally.cut(encode(batch, indices[0] + 1)),
@@ -146,19 +144,15 @@ class _Tally:
 
 
 def _encoder(
-    columns: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    completion_only: bool,
-    chat_template: str | None,
+    columns: list[str], tokenizer: PreTrainedTokenizerBase, completion_only: bool
 ) -> Encode:
     if "messages" in columns:
-        if chat_template is None and not tokenizer.chat_template:
+        if not tokenizer.chat_template:
             raise DataError(
                 "rows hold messages, but the tokenizer has no chat template; give one with "
                 "--chat_template_path, or rows of prompt and completion"
             )
-        template = chat_template or _training_template(tokenizer)
-        return _Chat(tokenizer, template, completion_only).encode
+        return _Chat(tokenizer, _training_template(tokenizer), completion_only).encode
     if {"prompt", "completion"} <= set(columns):
         return partial(_encode_pairs, _Plain(tokenizer), completion_only)
     if "text" in columns:

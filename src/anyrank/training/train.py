@@ -21,9 +21,10 @@ from ..files import new_files, require_disk, write_json, write_text
 from ..tuner import AnyRankConfig
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
 from .base import load_base, load_tokenizer, wants_4bit
+from .callback import check_micro_batches
 from .card import model_card
 from .data import load_rows, split_rows
-from .run import METRICS, RESULT, check_output, claim, newest_checkpoint
+from .run import METRICS, RESULT, check_output, checkpoint_to_resume, claim, unclaim
 from .tokens import tokenize_rows
 
 _PACKAGES = ("anyrank", "torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -45,22 +46,29 @@ def train(
     if args.output_dir is None:
         raise ConfigError("output_dir is missing; name the folder of this run")
     config = adapter.config()
+    check_micro_batches(config.rank_schedule(), args.gradient_accumulation_steps)
+    in_4bit = wants_4bit(model, adapter.method)
+    options = resolved(model, adapter, data, args, config, in_4bit)
     main_process = args.process_index == 0
     if main_process:
-        check_output(folder, resume)
-    in_4bit = wants_4bit(model, adapter.method)
+        check_output(folder, options, resume)
+    checkpoint = checkpoint_to_resume(folder, str(args.resume_from_checkpoint)) if resume else None
     tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
-    _use_chat_template(tokenizer, args)
+    _prepare_tokenizer(tokenizer, args)
     rows, held_out = read_data(data, args, tokenizer)
     set_seed(args.seed)
     base = load_base(model, in_4bit=in_4bit, trust_remote_code=args.trust_remote_code)
     base.config.use_cache = False
-    options = resolved(model, adapter, data, args, config, in_4bit)
     trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
     if main_process:
         _require_room(trainer, folder)
         claim(folder, options)
-    return _fit(trainer, folder, options, tokenizer, _checkpoint(args, folder) if resume else None)
+    try:
+        return _fit(trainer, folder, options, tokenizer, checkpoint)
+    except BaseException:
+        if main_process:
+            unclaim(folder)
+        raise
 
 
 def read_data(
@@ -105,26 +113,36 @@ def resolved(
     stated = {"learning_rate", "per_device_train_batch_size", "seed", "max_length", "output_dir"}
     for field in fields(args):
         value = getattr(args, field.name)
-        plain = field.init and isinstance(value, str | int | float | bool | list)
-        if plain and (field.name in stated or value != getattr(usual, field.name)):
+        changed = value != getattr(usual, field.name)
+        plain = field.init and isinstance(value, str | int | float | bool | list | dict | None)
+        if plain and (field.name in stated or changed):
             options[field.name] = getattr(value, "value", value)  # an enum by its value
-    for name in ("resume_from_checkpoint", "hub_token"):
+    for name in ("resume_from_checkpoint", "hub_token", "trust_remote_code"):
         options.pop(name, None)
     return options
 
 
-def _use_chat_template(tokenizer: Any, args: TrainArguments) -> None:
-    """Rows are tokenized before the trainer sees them, so the template is set here."""
+def _prepare_tokenizer(tokenizer: Any, args: TrainArguments) -> None:
+    """Set what the trainer would set later: rows are tokenized before it sees them."""
     path, args.chat_template_path = args.chat_template_path, None
     args.assistant_only_loss = False  # labels already lie on the assistant's turns alone
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"eos_token={args.eos_token!r} is no token of the tokenizer")
+        tokenizer.eos_token = args.eos_token
     if path is None:
         return
     if Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        return
-    from transformers import AutoTokenizer
+    elif Path(path).is_dir():
+        from transformers import AutoTokenizer
 
-    tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+    else:
+        raise ConfigError(
+            f"chat_template_path={path}: no such file or folder; give a Jinja file, or a folder "
+            "with a tokenizer"
+        )
 
 
 def _trainer(
@@ -180,11 +198,6 @@ def _checkpoints(trainer: SFTTrainer) -> int:
     return min(count, args.save_total_limit or count)
 
 
-def _checkpoint(args: TrainArguments, folder: Path) -> Path:
-    asked = str(args.resume_from_checkpoint)
-    return newest_checkpoint(folder) if asked.lower() == "true" else Path(asked)
-
-
 def _fit(
     trainer: SFTTrainer,
     folder: Path,
@@ -206,10 +219,11 @@ def _fit(
     result["versions"] = _versions()
     if trainer.is_world_process_zero():
         model: Any = trainer.model
+        rows = model.peft_config["default"].rows
         with new_files(folder) as beside:
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-            write_text(beside / "README.md", model_card(options, result))
+            write_text(beside / "README.md", model_card(options, result, rows))
         write_json(folder / RESULT, result)
     return result
 
@@ -222,6 +236,14 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; a line that was cut off while written is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class LossBar(ProgressCallback):
@@ -247,7 +269,7 @@ class MetricsCallback(TrainerCallback):
         if not (state.is_world_process_zero and self.path.exists()):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in lines if _step(line) <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
