@@ -31,7 +31,8 @@ def measure(method: str, rate: str, seed: int, chosen: argparse.Namespace) -> di
             "train", "--model_name_or_path", chosen.model, "--dataset", chosen.data / "train.jsonl",
             "--prompt_column", "question", "--completion_column", "answer", "--method", method,
             *nested, "--max_steps", 250, "--learning_rate", rate, "--warmup_steps", 0,
-            "--max_grad_norm", 0.3, "--max_length", 512, "--save_strategy", "no", "--seed", seed, "--output_dir", run,
+            "--max_grad_norm", 0.3, "--max_length", 512, "--save_strategy", "no", "--seed", seed,
+            "--output_dir", run,
         )  # fmt: skip
     if not (run / "sweep.json").exists():
         anyrank("sweep", run, "--dataset", chosen.data / "test.jsonl", "--limit", 160)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import re
@@ -146,7 +145,7 @@ def _sweep(argv: list[str]) -> None:
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
     chosen["ranks"] = rank_list(chosen["ranks"], "ranks")
-    given = {key: value for key, value in chosen.items() if value not in (None, False)}
+    given = {k: v for k, v in chosen.items() if v is not None and v is not False}
     for key, needs in _ONLY_WITH.items():
         if key in given and needs not in given:
             raise ConfigError(
@@ -154,7 +153,7 @@ def _sweep(argv: list[str]) -> None:
             )
     found = sweep_run(run_folder, SweepOptions(**given))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(((chosen["out"] or run_folder) / "sweep.json").read_text(encoding="utf-8"), end="")
         return
     from rich.console import Console
 

@@ -42,7 +42,7 @@ def train(
     folder = Path(args.output_dir or "")
     resume = args.resume_from_checkpoint not in (None, "", "false", "False", False)
     if data.dataset is None:
-        raise ConfigError("dataset is missing; name a .jsonl, .json, .csv, .parquet file or a Hub")
+        raise ConfigError("dataset is missing; name a .jsonl, .json, .csv or .parquet file")
     if args.output_dir is None:
         raise ConfigError("output_dir is missing; name the folder of this run")
     config = adapter.config()
