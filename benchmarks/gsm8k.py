@@ -19,7 +19,8 @@ RUNS = [("qdylora", "1e-3"), ("qdylora", "3e-3"), ("qlora", "1e-3"), ("qlora", "
 
 
 def anyrank(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "anyrank", *map(str, words)], check=True)
+    command = [sys.executable, "-m", "anyrank", *map(str, words)]
+    subprocess.run(command, check=True, stdout=sys.stderr)  # stdout is for the table
 
 
 def measure(method: str, rate: str, seed: int, chosen: argparse.Namespace) -> dict[int, float]:

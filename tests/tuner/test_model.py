@@ -148,3 +148,13 @@ def test_a_layer_with_an_adapter_of_peft_is_refused():
     del base.peft_config
     with pytest.raises(LayerError, match="q_proj: already holds a Linear of PEFT; merge or unload"):
         get_peft_model(base, config("lora", target_modules=["q_proj"]))
+
+
+def test_the_mixin_of_transformers_loads_and_deletes_an_adapter(tmp_path):
+    model = adapted(llama())
+    model.save_pretrained(tmp_path)
+    base = llama()
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(base(IDS).logits, model(IDS).logits)
+    base.delete_adapter("default")
+    assert all(not layer.adapters for layer in layers(base))

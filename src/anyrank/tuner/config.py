@@ -14,7 +14,16 @@ from ..files import write_json
 from ..methods import Method, method
 from ..schedule import Schedule
 
-PEFT_TYPE = "ANYRANK"
+
+class _TypeName(str):
+    """A name in the place of a member of PEFT's enum, whose `value` Transformers asks for."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _TypeName("ANYRANK")
 _SCHEDULE = {
     "schedule": "uniform",
     "ranks": None,
