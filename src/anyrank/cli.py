@@ -116,7 +116,7 @@ def _train(argv: list[str]) -> None:
     print(f"Next: anyrank sweep {folder}")
 
 
-def _sweep(argv: list[str]) -> None:
+def _sweep_parser() -> argparse.ArgumentParser:
     parser = _parser("sweep", "The loss of a finished run at every rank, and the rank to choose.")
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of a finished anyrank train")
@@ -135,7 +135,11 @@ def _sweep(argv: list[str]) -> None:
     add("--trust_remote_code", action="store_true", help="run code that the model brings along")
     add("--out", type=Path, help="folder for sweep.json and sweep.png (default: RUN)")
     add("--json", action="store_true", help="print sweep.json instead of the table")
-    chosen = vars(parser.parse_args(argv))
+    return parser
+
+
+def _sweep(argv: list[str]) -> None:
+    chosen = vars(_sweep_parser().parse_args(argv))
     from .training.run import Run
 
     Run.open(chosen["run"])  # before the imports that take seconds
