@@ -179,6 +179,7 @@ def test_a_diverged_run_chooses_no_rank(base_folder, rows_file, tmp_path, capsys
     found = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert found["chosen_rank"] is None
     assert found["ranks"][-1]["loss"] is None
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep", "export"])

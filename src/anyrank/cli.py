@@ -43,7 +43,7 @@ Adapter  --method                 {methods}
          --lora_r                 64                          --lora_alpha     16
          --lora_target_modules    all-linear                  --lora_dropout   0
          --nested                 every rank                  --scale          alpha/k, alpha/r ...
-         --ranks                  1,2,4,8,16,32,64 to draw from; default: all up to lora_r
+         --ranks                  1,2,4,8,16,32,64 to draw from; default: all of them
          --schedule               uniform or sandwich         --rank_unit, --ranks_per_step
 Steps    --max_steps              or --num_train_epochs 3     --learning_rate  2e-4
          --per_device_train_batch_size 8                      --gradient_accumulation_steps 1
@@ -108,10 +108,10 @@ def _train(argv: list[str]) -> None:
 
     result = train(*chosen)
     folder = chosen[-1].output_dir
-    if allocator.keeps_buffers():
-        print("glibc was told to keep freed buffers for reuse; --keep_malloc leaves it as it is.")
     if chosen[-1].process_index:
         return
+    if allocator.keeps_buffers():
+        print("glibc was told to keep freed buffers for reuse; --keep_malloc leaves it as it is.")
     print(f"Trained {result['steps']} steps in {result['seconds']:.0f} s; the run is in {folder}.")
     print(f"Next: anyrank sweep {folder}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algebra import lora_factors, rows, scale_at
+from ..algebra import lora_factors, rows
 from ..errors import ConfigError, RankError, RunError
 from ..files import new_folder, read_json, require_disk, write_json
 
@@ -119,12 +119,11 @@ def lora_tensors(adapter: SavedAdapter, rank: int) -> dict[str, Tensor]:
     """The tensors of the LoRA at `rank`: `lora_A.weight` [k, d_in], `lora_B.weight` [d_out, k]."""
     config = adapter.config
     adapter.check_rank(rank)
-    scale = scale_at(config.scale, config.lora_alpha, rank * config.r / config.rows, config.r)
     tensors = {k: v for k, v in adapter.tensors.items() if ".anyrank_" not in k}
     for prefix, a, b in adapter.layers():
         a_k, b_k = lora_factors(*rows(a, b, rank), config.pool, config.repeat)
         tensors[prefix + "lora_A.weight"] = a_k.contiguous()
-        tensors[prefix + "lora_B.weight"] = (b_k * scale).contiguous()
+        tensors[prefix + "lora_B.weight"] = (b_k * config.scale_of(rank)).contiguous()
     return tensors
 
 

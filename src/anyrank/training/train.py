@@ -17,7 +17,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import ConfigError
-from ..files import new_files, require_disk, write_json, write_text
+from ..files import finite, new_files, require_disk, write_json, write_text
 from ..tuner import AnyRankConfig
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
 from .base import load_base, load_tokenizer, wants_4bit
@@ -278,4 +278,4 @@ class MetricsCallback(TrainerCallback):
         """Append the figures of this step."""
         if state.is_world_process_zero and logs:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps(finite({"step": state.global_step, **logs})) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ..algebra import DENSE, LOW_RANK, SCALES, Geometry
+from ..algebra import DENSE, LOW_RANK, SCALES, Geometry, scale_at
 from ..errors import ConfigError, RankError, nearest
 from ..files import write_json
 from ..methods import Method, method
@@ -129,6 +129,12 @@ class AnyRankConfig(PeftConfig):
     def rows(self) -> int:
         """Rows that the adapter holds: the largest rank that `set_rank` takes."""
         return self.r * self.preset.rows_per_rank if self.low_rank else 0
+
+    def scale_of(self, rank: int) -> float:
+        """s_k with `rank` rows in use, at the nominal rank k; a dense core counts as rank r."""
+        assert self.scale is not None
+        k = self.r * rank / self.rows if self.rows else self.r
+        return scale_at(self.scale, self.lora_alpha, k, self.r)
 
     def geometry(self, d_in: int, d_out: int) -> Geometry:
         """The adapter's shape on a layer of d_out x d_in."""

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..algebra import LOW_RANK, Geometry, adapter_output, delta_weight, rows, scale_at
+from ..algebra import LOW_RANK, Geometry, adapter_output, delta_weight, rows
 from ..errors import MergeError, RankError
 from ..quant import FrozenWeight, frozen_weight
 from .config import AnyRankConfig
@@ -22,26 +22,20 @@ class Adapter:
 
     Attributes:
         geometry: the adapter's shape on this layer.
-        scale_name: a key of `algebra.SCALES`.
-        alpha: its strength.
-        r: the nominal rank of the whole adapter, for the scale.
+        config: its configuration, the same object in every layer.
         rank: the rows in use (0 for a dense core).
         first: the first row that is trained; rows below pass no gradient.
     """
 
     geometry: Geometry
-    scale_name: str
-    alpha: float
-    r: int
+    config: AnyRankConfig
     rank: int
     first: int = 0
 
     @property
     def scale(self) -> float:
-        """s_k at the rank in use; a dense core always counts as rank r."""
-        rows = self.geometry.rows
-        k = self.r * self.rank / rows if rows else self.r
-        return scale_at(self.scale_name, self.alpha, k, self.r)
+        """s_k at the rank in use."""
+        return self.config.scale_of(self.rank)
 
 
 class AnyRankLinear(nn.Module, BaseTunerLayer):
@@ -74,10 +68,7 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         """Attach a fresh adapter, which changes no output: B = 0, or S = 0."""
         geometry = config.geometry(self.in_features, self.out_features)
         geometry.check(self.layer_name)
-        assert config.scale is not None
-        self.adapters[name] = Adapter(
-            geometry, config.scale, config.lora_alpha, config.r, geometry.rows
-        )
+        self.adapters[name] = Adapter(geometry, config, geometry.rows)
         if geometry.core == LOW_RANK:
             a_shape, b_shape = geometry.shapes
             self.anyrank_A[name] = nn.Parameter(torch.empty(a_shape))
