@@ -10,6 +10,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anyrank
+from anyrank.kernels import AffineFormat
+from anyrank.quant.hf import AffineConfig, quantized_linears, replace_linears
+from anyrank.quant.minmax import minmax
 from anyrank.tuner import AnyRankLinear, adapter_layers
 
 IDS = torch.arange(2 * 9).reshape(2, 9)
@@ -68,3 +71,20 @@ def nf4(d_in: int, d_out: int, bias: bool = False, compute: torch.dtype = torch.
 def layers(model: nn.Module) -> list[AnyRankLinear]:
     """The adapted layers."""
     return [layer for _, layer in adapter_layers(model)]
+
+
+def quantized(model: nn.Module, bits: int = 4, tile: tuple[int, int] = (1, 32)) -> nn.Module:
+    """`model` with min-max codes in every linear layer but lm_head, in place.
+
+    Its `save_pretrained` then writes what `from_pretrained` reads.
+    """
+    form = AffineFormat(bits, tile)
+    keep = ["lm_head"]
+    weights = {name: layer.weight.data for name, layer in quantized_linears(model, keep)}
+    replace_linears(model, form, keep)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        layer.codes, layer.scales, layer.offsets, _ = minmax(weight, form)
+    config = AffineConfig(bits, tile, modules_to_not_convert=keep, quantizer="minmax")
+    model.config.quantization_config = config
+    return model

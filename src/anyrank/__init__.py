@@ -55,4 +55,5 @@ def __dir__() -> list[str]:
 
 
 when_imported("peft", "anyrank.tuner")
+when_imported("transformers.quantizers.auto", "anyrank.quant.hf")
 when_imported("transformers.trainer", "anyrank.training.callback")

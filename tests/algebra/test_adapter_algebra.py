@@ -8,8 +8,8 @@ import torch
 from anyrank.algebra import (
     DENSE,
     Geometry,
+    Update,
     adapter_output,
-    delta_weight,
     lora_factors,
     pool,
     repeat,
@@ -62,7 +62,7 @@ def test_forward_and_every_gradient_equal_the_matrices_of_the_equation(d_in, d_o
     assert relative_rms(y, reference) < 1e-14
     for mine, theirs in zip(got, wanted, strict=True):
         assert relative_rms(mine, theirs) < 1e-14
-    assert relative_rms(delta_weight(factors, p, q, 0.7), weight) < 1e-14
+    assert relative_rms(Update(factors, p, q, 0.7).weight(), weight) < 1e-14
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "p", "q"), SHAPES)
@@ -72,7 +72,7 @@ def test_a_low_rank_adapter_is_an_ordinary_lora(d_in, d_out, p, q):
     lora_a, lora_b = lora_factors(a, b, p, q)
     assert lora_a.shape == (4, d_in)
     assert lora_b.shape == (d_out, 4)
-    assert relative_rms(lora_b @ lora_a, delta_weight((a, b), p, q, 1.0)) < 1e-14
+    assert relative_rms(lora_b @ lora_a, Update((a, b), p, q, 1.0).weight()) < 1e-14
 
 
 def test_pool_is_the_mean_and_repeat_writes_each_value_q_times():

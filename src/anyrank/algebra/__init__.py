@@ -4,7 +4,6 @@ from .adapter import DENSE as DENSE
 from .adapter import LOW_RANK as LOW_RANK
 from .adapter import Geometry as Geometry
 from .adapter import adapter_output as adapter_output
-from .adapter import delta_weight as delta_weight
 from .adapter import lora_factors as lora_factors
 from .core import dense_core as dense_core
 from .core import low_rank_core as low_rank_core
@@ -15,3 +14,4 @@ from .repeat import repeat as repeat
 from .repeat import repeat_rows as repeat_rows
 from .scale import SCALES as SCALES
 from .scale import scale_at as scale_at
+from .update import Update as Update

@@ -1,7 +1,6 @@
 """One adapter on one layer: its geometry, its output, its weight, its form as a plain LoRA.
 
     y = W x + s_k * R C_k P x
-    delta W = s_k * R C_k P
     A' = A P,  B' = R B          every low-rank adapter is an ordinary LoRA of the same rank
 
 `adapter_output` is the naive reference: P and R act on activations, as the equation is written.
@@ -110,12 +109,6 @@ def adapter_output(x: Tensor, core: Sequence[Tensor], p: int, q: int, scale: flo
     u = pool(x, p)
     v = dense_core(u, *core) if len(core) == 1 else low_rank_core(u, *core)
     return repeat(v, q) * scale
-
-
-def delta_weight(core: Sequence[Tensor], p: int, q: int, scale: float) -> Tensor:
-    """s R C P as a matrix [d_out, d_in]; arguments as in `adapter_output`."""
-    matrix = core[0] if len(core) == 1 else core[1] @ core[0]
-    return repeat_rows(pool_columns(matrix, p), q) * scale
 
 
 def lora_factors(a: Tensor, b: Tensor, p: int, q: int) -> tuple[Tensor, Tensor]:

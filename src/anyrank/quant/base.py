@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..algebra import Update
+
 
 class FrozenWeight(ABC):
     """The weight W [d_out, d_in] of one base layer, however it is stored.
@@ -36,6 +38,18 @@ class FrozenWeight(ABC):
     def fold_obstacle(self, p: int, q: int) -> str | None:
         """Why an update that is constant on tiles of q x p cannot be folded; None: it can."""
 
+    def absorbs(self, p: int, q: int) -> bool:
+        """Whether the layer computes with such an update inside of W, as it will be deployed."""
+        return False
+
     @abstractmethod
-    def fold(self, delta: Tensor) -> None:
-        """W += delta, exactly as far as the storage allows; only after `fold_obstacle` is None."""
+    def fold(self, update: Update) -> Tensor | None:
+        """W += update, exactly as far as the storage allows; only after `fold_obstacle` is None.
+
+        Returns:
+            What `unfold` needs to bring the same bits back; None: it subtracts.
+        """
+
+    @abstractmethod
+    def unfold(self, update: Update, kept: Tensor | None) -> None:
+        """Undo the latest `fold`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..algebra import Update
 from .base import FrozenWeight
 
 
@@ -22,10 +23,15 @@ class DenseWeight(FrozenWeight):
         """A float weight takes any update."""
         return None
 
-    def fold(self, delta: Tensor) -> None:
-        """W += delta in place, in the dtype of W."""
+    def fold(self, update: Update) -> None:
+        """W += update in place, in the dtype of W."""
         weight = self.read()
-        weight += delta.to(weight.dtype)
+        weight += update.weight().to(weight.dtype)
+
+    def unfold(self, update: Update, kept: Tensor | None) -> None:
+        """W -= update in place: equal to W before up to one rounding of its dtype."""
+        weight = self.read()
+        weight -= update.weight().to(weight.dtype)
 
 
 class TransposedWeight(DenseWeight):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..algebra import Update
 from ..errors import MergeError
 from .base import FrozenWeight
 
@@ -43,10 +44,14 @@ class NF4Weight(FrozenWeight):
         """Always: the format has no offset to fold into."""
         return "NF4 and FP4 weights have no offset; merging would round most of the adapter away"
 
-    def fold(self, delta: Tensor) -> None:
+    def fold(self, update: Update) -> None:
         """Refuse.
 
         Raises:
             MergeError: always.
         """
-        raise MergeError(str(self.fold_obstacle(1, 1)))
+        raise MergeError(str(self.fold_obstacle(update.p, update.q)))
+
+    def unfold(self, update: Update, kept: Tensor | None) -> None:
+        """Refuse, as `fold` does."""
+        self.fold(update)

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 from ..errors import LayerError
+from .affine import AffineLinear, AffineWeight
 from .base import FrozenWeight
 from .dense import DenseWeight, TransposedWeight
 from .nf4 import NF4Weight
@@ -18,12 +19,15 @@ def frozen_weight(layer: nn.Module, name: str = "layer") -> FrozenWeight:
     A package that is not loaded cannot have made the layer, so none is imported to look.
 
     Args:
-        layer: a float nn.Linear, a Conv1D of Transformers, or a Linear4bit of bitsandbytes.
+        layer: a float nn.Linear, a Conv1D of Transformers, a Linear4bit of bitsandbytes, or
+            an AffineLinear.
         name: the layer's name, for the message.
 
     Raises:
         LayerError: the layer is of another kind.
     """
+    if isinstance(layer, AffineLinear):
+        return AffineWeight(layer)
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
         return NF4Weight(layer)
@@ -35,6 +39,6 @@ def frozen_weight(layer: nn.Module, name: str = "layer") -> FrozenWeight:
     kind = f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}"
     raise LayerError(
         f"{name}: no adapter fits on {kind}; supported are float torch.nn.Linear, "
-        "transformers.Conv1D and 4-bit bitsandbytes.nn.Linear4bit; name other target_modules, "
-        "or load the base in one of these forms"
+        "transformers.Conv1D, 4-bit bitsandbytes.nn.Linear4bit and the layers of anyrank quantize; "
+        "name other target_modules, or load the base in one of these forms"
     )

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..algebra import LOW_RANK, Geometry, adapter_output, delta_weight, rows
+from ..algebra import LOW_RANK, Geometry, Update, adapter_output, rows
 from ..errors import MergeError, RankError
 from ..quant import FrozenWeight, frozen_weight
 from .config import AnyRankConfig
@@ -58,6 +58,7 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         self.anyrank_dropout = nn.ModuleDict()
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
+        self._before_merge: list[Tensor | None] = []
 
     @property
     def base_weight(self) -> FrozenWeight:
@@ -115,30 +116,44 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         """[..., d_in] to [..., d_out]: the base layer plus every active adapter."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return y
-        for name in self.active_adapters:
-            if name in self.adapters:
-                y = y + self.adapter_forward(x, name).to(y.dtype)
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.adapters]
+        inside = [name for name in active if self._absorbed(name)]
+        if inside:
+            kwargs["updates"] = [self.update(name) for name in inside]
+        y = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            if name not in inside:
+                y = y + self.adapter_forward(self._dropped(x, name), name).to(y.dtype)
+            elif self.training and name in self.anyrank_dropout:
+                y = y + self.adapter_forward(self._dropped(x, name) - x, name).to(y.dtype)
         return y
+
+    def _absorbed(self, name: str) -> bool:
+        geometry = self.adapters[name].geometry
+        return self.base_weight.absorbs(geometry.p, geometry.q)
+
+    def _dropped(self, x: Tensor, name: str) -> Tensor:
+        return self.anyrank_dropout[name](x) if name in self.anyrank_dropout else x
 
     def adapter_forward(self, x: Tensor, name: str) -> Tensor:
         """s_k R C_k P x; only the small factors are cast to the dtype of x."""
+        core, p, q, scale = self.update(name)
+        return adapter_output(x, [factor.to(x.dtype) for factor in core], p, q, scale)
+
+    def update(self, name: str) -> Update:
+        """s_k R C_k P at the rank in use."""
         adapter = self.adapters[name]
-        if name in self.anyrank_dropout:
-            x = self.anyrank_dropout[name](x)
-        core = [factor.to(x.dtype) for factor in self.core(name)]
-        return adapter_output(x, core, adapter.geometry.p, adapter.geometry.q, adapter.scale)
+        return Update(self.core(name), adapter.geometry.p, adapter.geometry.q, adapter.scale)
 
     def get_delta_weight(self, name: str) -> Tensor:
         """s_k R C_k P as a matrix [d_out, d_in], in the dtype of the adapter."""
-        adapter = self.adapters[name]
-        core = [factor.detach() for factor in self.core(name)]
-        return delta_weight(core, adapter.geometry.p, adapter.geometry.q, adapter.scale)
+        return self.update(name).weight().detach()
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W += delta W at the rank in use.
+        """W += s_k R C_k P at the rank in use.
 
         Raises:
             MergeError: the base cannot take the update without loss, or (with `safe_merge`) the
@@ -147,23 +162,23 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adapters:
                 continue
-            geometry = self.adapters[name].geometry
-            if obstacle := self.base_weight.fold_obstacle(geometry.p, geometry.q):
+            update = self.update(name)
+            if obstacle := self.base_weight.fold_obstacle(update.p, update.q):
                 raise MergeError(
                     f"{self.layer_name}: {obstacle}; keep the adapter beside the base "
                     "(anyrank export), or load the base unquantized and merge there"
                 )
-            delta = self.get_delta_weight(name)
-            if safe_merge and not torch.isfinite(delta).all():
+            if safe_merge and not torch.isfinite(update.blocks()).all():
                 raise MergeError(f"{self.layer_name}: adapter {name!r} holds NaN or infinity")
-            self.base_weight.fold(delta)
+            self._before_merge.append(self.base_weight.fold(update))
             self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """W -= delta W of every merged adapter (equal up to one rounding of W's dtype)."""
+        """Undo every merge: bit for bit on quantized weights, up to one rounding on float ones."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            self.base_weight.fold(-self.get_delta_weight(name))
+            update = self.update(self.merged_adapters.pop())
+            self.base_weight.unfold(update, self._before_merge.pop())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may read this layer's delta."""

@@ -1,0 +1,179 @@
+"""A quantized model on disk: shards of codes, and a table of offsets per variant.
+
+config.json                              with quantization_config, see `format_fields`
+model-0000i-of-0000n.safetensors         <layer>.codes, <layer>.scales, and every float tensor
+offsets.safetensors                      <layer>.offsets
+offsets.rank8.safetensors                another table: another rank, or another task
+model.safetensors.index.json             which tensor lies where; model.safetensors.index.rank8.json
+                                         points at the same shards and at its own table
+
+Transformers reads it as it reads any sharded checkpoint, with variant="rank8" for another table. A
+folder that `save_pretrained` wrote, with everything in model.safetensors, is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import RunError, nearest
+from ..files import read_json
+from ..kernels import Affine, AffineFormat
+
+METHOD = "anyrank"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OFFSETS = "offsets.safetensors"
+
+
+def format_fields(form: AffineFormat) -> dict[str, Any]:
+    """An `AffineFormat` as JSON."""
+    return {
+        "bits": form.bits,
+        "tile": list(form.tile),
+        "storage_dtype": str(form.dtype).removeprefix("torch."),
+    }
+
+
+def read_format(fields: dict[str, Any]) -> AffineFormat:
+    """The inverse of `format_fields`; other keys are ignored."""
+    rows, columns = fields["tile"]
+    return AffineFormat(fields["bits"], (rows, columns), getattr(torch, fields["storage_dtype"]))
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """A file name as Transformers writes a variant: before the last suffix."""
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A folder with a model that anyrank quantized.
+
+    Attributes:
+        folder: where it lies.
+        config: the parsed config.json.
+        form: how its weights are stored.
+        files: the file of every tensor, for one variant.
+        variant: which table of offsets; None: the one that loads by default.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    form: AffineFormat
+    files: dict[str, str]
+    variant: str | None = None
+    _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: str | Path, variant: str | None = None) -> QuantizedModel:
+        """Open a folder; tensors are read when they are asked for.
+
+        Raises:
+            RunError: the folder holds no such model, or not this variant of it.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise RunError(f"{folder}: holds no model ({CONFIG} is missing)")
+        config = read_json(folder / CONFIG)
+        fields = config.get("quantization_config") or {}
+        if fields.get("quant_method") != METHOD:
+            raise RunError(
+                f"{folder}: its weights are {fields.get('quant_method') or 'not quantized'}; "
+                "make a block-quantized model with anyrank quantize"
+            )
+        try:
+            form = read_format(fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"{folder / CONFIG}: quantization_config cannot be read ({error!r})"
+            ) from error
+        return cls(folder, config, form, _files(folder, variant), variant)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the quantized layers, in the order of the files."""
+        return [name.removesuffix(".codes") for name in self.files if name.endswith(".codes")]
+
+    @property
+    def others(self) -> list[str]:
+        """The names of the tensors that are not quantized: embeddings, norms, biases, ..."""
+        parts = ("codes", "scales", "offsets")
+        inside = {f"{layer}.{part}" for layer in self.layers for part in parts}
+        return [name for name in self.files if name not in inside]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            RunError: it is missing, or its file cannot be read.
+        """
+        if name not in self.files:
+            raise RunError(f"{self.folder}: {name} is missing; quantize or fold the model again")
+        path = self.folder / self.files[name]
+        try:
+            if path.name not in self._open:
+                self._open[path.name] = safe_open(str(path), "pt")
+            return self._open[path.name].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path}: cannot be read ({error})") from error
+
+    def affine(self, layer: str) -> Affine:
+        """The weight of a quantized layer."""
+        codes, scales, offsets = (
+            self.tensor(f"{layer}.{part}") for part in ("codes", "scales", "offsets")
+        )
+        return Affine(codes, scales, offsets, self.form)
+
+    def weights(self) -> Iterator[tuple[str, Affine]]:
+        """Every quantized layer with its weight, one in memory at a time."""
+        for layer in self.layers:
+            yield layer, self.affine(layer)
+
+
+def variants(folder: Path) -> list[str]:
+    """The names of the tables of offsets beside the default one."""
+    stem, suffix = INDEX.removesuffix("json"), ".json"
+    found = (path.name.removeprefix(stem) for path in folder.glob(f"{stem}*{suffix}"))
+    return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+
+
+def _files(folder: Path, variant: str | None) -> dict[str, str]:
+    """The file of every tensor."""
+    index = folder / with_variant(INDEX, variant)
+    if index.is_file():
+        return dict(read_json(index)["weight_map"])
+    single = folder / with_variant(WEIGHTS, variant)
+    if not single.is_file():
+        if variant is not None:
+            known = nearest(variant, variants(folder)) if variants(folder) else "it has none"
+            raise RunError(f"{folder}: no variant {variant!r}; {known}")
+        raise RunError(f"{folder}: neither {INDEX} nor {WEIGHTS} is there")
+    try:
+        with safe_open(str(single), "pt") as tensors:
+            return dict.fromkeys(tensors.keys(), single.name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{single}: cannot be read ({error})") from error
+
+
+def write_index(folder: Path, files: dict[str, str], size: int, variant: str | None = None) -> None:
+    """Write the index of a variant.
+
+    Args:
+        folder: where the files lie.
+        files: the file of every tensor.
+        size: bytes of all tensors.
+        variant: the name of the table; None: the default.
+    """
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / with_variant(INDEX, variant)).write_text(text, encoding="utf-8")

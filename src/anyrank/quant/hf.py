@@ -1,0 +1,120 @@
+"""Transformers learns the quantization method "anyrank": `from_pretrained` and `save_pretrained`.
+
+Imported by itself as soon as `transformers.quantizers.auto` is, see `_plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ConfigError
+from ..kernels import AffineFormat
+from .affine import AffineLinear, check_format
+from .checkpoint import METHOD, format_fields, read_format
+
+
+@register_quantization_config(METHOD)
+class AffineConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json.
+
+    Args:
+        bits: bits per code.
+        tile: (rows, columns) that share scale and offset.
+        storage_dtype: the precision of scales and offsets: float16, bfloat16 or float32.
+        modules_to_not_convert: linear layers that stay as they are, by name or by last part.
+        quantizer: how the codes were chosen; for the reader.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        tile: Sequence[int],
+        storage_dtype: str = "float16",
+        modules_to_not_convert: Sequence[str] = (),
+        quantizer: str | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.form = read_format({"bits": bits, "tile": tile, "storage_dtype": storage_dtype})
+        self.modules_to_not_convert = list(modules_to_not_convert)
+        self.quantizer = quantizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        return {
+            "quant_method": METHOD,
+            **format_fields(self.form),
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "quantizer": self.quantizer,
+        }
+
+
+@register_quantizer(METHOD)
+class AffineQuantizer(HfQuantizer):
+    """Puts an AffineLinear in the place of every linear layer before the weights are read."""
+
+    def __init__(self, quantization_config: AffineConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ConfigError(
+                "quantization_config: from_pretrained does not quantize; "
+                "run anyrank quantize MODEL OUT and load OUT"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        config: Any = self.quantization_config
+        replace_linears(model, config.form, config.modules_to_not_convert)
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """`save_pretrained` writes the codes as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train beside the frozen codes."""
+        return True
+
+
+def quantized_linears(model: nn.Module, keep: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer that is, or is to be, quantized.
+
+    Args:
+        model: the model, which may lie on the meta device.
+        keep: names or last parts of names of layers that stay as they are.
+    """
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not _named(name, keep):
+            yield name, module
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(f".{name}.".find(f".{pattern}.") >= 0 for pattern in patterns)
+
+
+def replace_linears(model: nn.Module, form: AffineFormat, keep: Sequence[str]) -> None:
+    """Put an empty AffineLinear in the place of every linear layer to be quantized.
+
+    Raises:
+        GeometryError: a layer does not fit the format; nothing is replaced then.
+    """
+    chosen = list(quantized_linears(model, keep))
+    for name, layer in chosen:
+        check_format(form, layer.in_features, layer.out_features, name)
+    for name, layer in chosen:
+        weight = layer.weight
+        new = AffineLinear(
+            layer.in_features,
+            layer.out_features,
+            form,
+            bias=layer.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        model.set_submodule(name, new)
