@@ -57,6 +57,11 @@ class AffineLinear(nn.Linear):
         """The weight, sharing memory with the layer."""
         return Affine(self.codes, self.scales, self.offsets, self.form)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, by the name under which PEFT looks for the device of a quantized layer."""
+        return self.codes
+
     def forward(self, input: Tensor, updates: Sequence[Update] = ()) -> Tensor:
         """[..., d_in] to [..., d_out], with the updates inside of the offsets."""
         y = affine_linear(input, self.affine, updates)
