@@ -110,5 +110,6 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
 def _sync(folder: Path) -> None:
     for item in folder.rglob("*"):
         if item.is_file():
+            item.chmod(0o644)  # safetensors makes files that only their owner may read
             with open(item, "rb") as file:
                 os.fsync(file.fileno())

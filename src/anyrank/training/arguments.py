@@ -32,6 +32,7 @@ _ADAPTER_FIELDS = {  # option -> field of AnyRankConfig
     "rank_unit": "rank_unit",
     "ranks_per_step": "ranks_per_step",
     "frozen_rows": "frozen_rows",
+    "foldable": "foldable",
 }
 
 
@@ -52,7 +53,7 @@ class ModelArguments:
     dtype: str = _option("auto", "Base dtype: auto (as stored), bfloat16, float16 or float32.")
     attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, ...")
     load_in_4bit: bool | None = _option(
-        None, "Hold the base in NF4; default: as the method says (qlora, qdylora, qbara, ...)."
+        None, "Hold a float base in NF4; default: as the method says (qlora, qdylora, qbara, ...)."
     )
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class AdapterArguments:
     rank_unit: int = _adapter_option("rank_unit", 1)
     ranks_per_step: int = _adapter_option("ranks_per_step", 1)
     frozen_rows: bool = _adapter_option("frozen_rows", False)
+    foldable: bool = _adapter_option("foldable", False)
 
     def __post_init__(self) -> None:
         for name in ("lora_target_modules", "lora_exclude_modules", "lora_modules_to_save"):

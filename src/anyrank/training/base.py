@@ -14,10 +14,33 @@ from .arguments import ModelArguments
 
 
 def wants_4bit(arguments: ModelArguments, method_name: str) -> bool:
-    """Whether the base is held in NF4: as asked, or as the method's published base is."""
-    if arguments.load_in_4bit is not None:
-        return arguments.load_in_4bit
+    """Whether the base is held in NF4: as asked, or as the method's published base is.
+
+    Raises:
+        ConfigError: NF4 was asked for, but the base is quantized already.
+    """
+    quantized = quantization_of(arguments)
+    if quantized and arguments.load_in_4bit:
+        raise ConfigError(
+            f"load_in_4bit=True: {arguments.model_name_or_path} is quantized already ({quantized}); "
+            "leave it out"
+        )
+    if quantized or arguments.load_in_4bit is not None:
+        return bool(arguments.load_in_4bit)
     return method(method_name).base != "any"
+
+
+def quantization_of(arguments: ModelArguments) -> str | None:
+    """The quantization method that the base was stored with; None: none, or no such model."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(
+            arguments.model_name_or_path or "", revision=arguments.model_revision
+        )
+    except (OSError, ValueError, TypeError):
+        return None  # loading says what is wrong
+    return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def load_base(arguments: ModelArguments, *, in_4bit: bool, trust_remote_code: bool) -> Any:

@@ -59,6 +59,7 @@ class AnyRankConfig(PeftConfig):
     rank_unit: int = _option(1, "Rows that are drawn together; ranks are multiples of it.")
     ranks_per_step: int = _option(1, "Ranks per optimizer step, shared by its micro-batches.")
     frozen_rows: bool = _option(False, "DyLoRA's frozen mode: only the last unit is trained.")
+    foldable: bool = _option(False, "Refuse a layer whose codes could not take the adapter.")
     target_modules: list[str] | str | None = _option(
         "all-linear", "Layers to adapt: names, a regular expression, or all-linear."
     )

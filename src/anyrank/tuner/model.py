@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from ..errors import ConfigError, LayerError, nearest
+from ..errors import ConfigError, LayerError, MergeError, nearest
 from ..quant import frozen_weight
 from .config import AnyRankConfig
 from .layer import AnyRankLinear
@@ -117,7 +117,14 @@ class AnyRankModel(BaseTuner):
             )
         base = module.get_base_layer() if isinstance(module, AnyRankLinear) else module
         weight = frozen_weight(base, name)
-        peft_config.geometry(weight.d_in, weight.d_out).check(name)
+        geometry = peft_config.geometry(weight.d_in, weight.d_out)
+        geometry.check(name)
+        if peft_config.foldable and not weight.absorbs(geometry.p, geometry.q):
+            obstacle = weight.fold_obstacle(geometry.p, geometry.q) or "a float weight has no codes"
+            raise MergeError(
+                f"{name}: not foldable: {obstacle}; train on the output of anyrank quantize with a "
+                "geometry that fits its groups, or leave foldable out"
+            )
         peft_config.fan_in_fan_out |= weight.transposed
 
     def _create_and_replace(
