@@ -1,0 +1,79 @@
+"""`anyrank sweep`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import ConfigError
+from .words import count, nats, regex, verb_parser
+
+_ONLY_WITH = {
+    "answer_pattern": "exact_match",
+    "max_new_tokens": "exact_match",
+    "dataset_config": "dataset",
+    "split": "dataset",
+    "prompt_column": "dataset",
+    "completion_column": "dataset",
+}
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = verb_parser(
+        "sweep", "The loss of a finished run at every rank, and the rank to choose."
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="folder of a finished anyrank train")
+    add("--dataset", help="rows to evaluate on (default: the run's validation rows)")
+    add("--dataset_config", help="configuration of a Hub data set")
+    add("--split", help="split of a Hub data set or a folder (test)")
+    add("--prompt_column", help="column of the prompt (default: as in the run)")
+    add("--completion_column", help="column of the completion (default: as in the run)")
+    add("--ranks", help="such as 1,2,4,8 (default: those trained, or a doubling series)")
+    add("--limit", type=count, metavar="N", help="use the first N rows")
+    add("--batch_size", type=count, metavar="N", help="rows per forward pass (8)")
+    add("--tolerance", type=nats, metavar="NATS", help="loss that a smaller rank may lose (0.02)")
+    add("--exact_match", action="store_true", help="also answer every row and compare")
+    add("--answer_pattern", type=regex, metavar="REGEX", help="compare only its last match")
+    add("--max_new_tokens", type=count, metavar="N", help="longest answer (128)")
+    add("--trust_remote_code", action="store_true", help="run code that the model brings along")
+    add("--out", type=Path, help="folder for sweep.json and sweep.png (default: RUN)")
+    add("--json", action="store_true", help="print sweep.json instead of the table")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Sweep, and print the table."""
+    chosen = vars(_arguments().parse_args(argv))
+    from ..training.run import Run
+
+    Run.open(chosen["run"])  # before the imports that take seconds
+    from ..schedule import rank_list
+    from ..sweep.report import table
+    from ..sweep.sweep_run import SweepOptions, sweep_run
+
+    run_folder, as_json = chosen.pop("run"), chosen.pop("json")
+    chosen["ranks"] = rank_list(chosen["ranks"], "ranks")
+    given = {k: v for k, v in chosen.items() if v is not None and v is not False}
+    for key, needs in _ONLY_WITH.items():
+        if key in given and needs not in given:
+            raise ConfigError(
+                f"--{key} does nothing without --{needs}; add it, or leave --{key} out"
+            )
+    found = sweep_run(run_folder, SweepOptions(**given))
+    if as_json:
+        print(((chosen["out"] or run_folder) / "sweep.json").read_text(encoding="utf-8"), end="")
+        return
+    from rich.console import Console
+
+    Console().print(table(found))
+    if not found["nested"] and len(found["ranks"]) > 1:
+        print("Note: this run trained its largest rank alone; its prefixes never learned to stand.")
+    if found["chosen_rank"] is None and found["ranks"][0]["rank"]:
+        print("No rank has a finite loss: the run diverged; train with a lower --learning_rate.")
+    elif found["chosen_rank"]:
+        rank = found["chosen_rank"]
+        print(
+            f"Chosen: rank {rank}, the smallest within {found['tolerance']:g} nats per token of "
+            f"the best.\nNext: anyrank export {run_folder} --rank {rank} --to lora OUT"
+        )
