@@ -155,10 +155,8 @@ def check_format(form: AffineFormat, d_in: int, d_out: int, layer: str) -> None:
         GeometryError: the tile does not divide the weight, or a row does not fill whole bytes.
     """
     rows, columns = form.tile
-    for name, part, side, whole in (
-        ("group", columns, "d_in", d_in),
-        ("rows", rows, "d_out", d_out),
-    ):
+    sides = (("columns", columns, "d_in", d_in), ("rows", rows, "d_out", d_out))
+    for name, part, side, whole in sides:
         if whole % part:
             raise GeometryError(
                 f"{layer}: groups of {part} {name} must divide {side}={whole}; choose another "

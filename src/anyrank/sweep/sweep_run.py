@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     adapter = SavedAdapter.read(run.folder)
     ranks = ranks_to_sweep(adapter, options.ranks)
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
-    source, rows = _token_rows(run, options, tokenizer)
+    source, rows = token_rows(run, options, tokenizer)
     answers = None
     if options.exact_match:
         answers = exact_match(
@@ -97,16 +97,26 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     return found
 
 
-def _token_rows(run: Run, options: SweepOptions, tokenizer: Any) -> tuple[str, Rows]:
+def token_rows(run: Run, options: SweepOptions, tokenizer: Any) -> tuple[str, Rows]:
     """The name of the validation data, and its rows as token ids and labels."""
     source, rows = validation_rows(run, options)
+    return source, _tokens(run, rows, tokenizer)
+
+
+def training_rows(run: Run, limit: int, tokenizer: Any) -> Rows:
+    """The first rows that the run was trained on, as token ids and labels."""
+    source = _chosen(DataArguments, run.config).source(run.config.get("dataset_text_field", "text"))
+    return _tokens(run, load_rows(replace(source, limit=limit)), tokenizer)
+
+
+def _tokens(run: Run, rows: Any, tokenizer: Any) -> Rows:
     tokens, _ = tokenize_rows(
         rows,
         tokenizer,
         max_length=run.config.get("max_length"),
         completion_only=run.config.get("completion_only_loss") is not False,
     )
-    return source, tokens.to_list()
+    return tokens.to_list()
 
 
 def _load(run: Run, options: SweepOptions) -> Any:

@@ -1,0 +1,86 @@
+"""How far a folded model is from the one that was trained: KL of their logits on real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..export.table import Table
+from ..quant.checkpoint import QuantizedModel
+from .evaluate import Rows, evaluation
+
+
+def divergence(
+    model: Any, folder: Path, tables: Sequence[Table], rows: Sequence[Rows]
+) -> dict[str | None, float | None]:
+    """Mean over all tokens of KL(trained || folded), in nats, for every table.
+
+    One model serves both sides: its adapter at the rank of the table, and then its base with the
+    tensors of the table in place of its own.
+
+    Args:
+        model: a PEFT model with one adapter per table, named by `adapter_name`.
+        folder: the folded model.
+        tables: the tables in it.
+        rows: token ids `input_ids` to evaluate on, one list per table.
+    """
+    found: dict[str | None, float | None] = {}
+    with evaluation(model):
+        for place, (table, part) in enumerate(zip(tables, rows, strict=True)):
+            model.set_adapter(adapter_name(place))
+            if table.rank is not None:
+                model.set_rank(table.rank)
+            written = _table_tensors(QuantizedModel.open(folder, table.variant), table, model)
+            nats, tokens = 0.0, 0
+            for row in part:
+                ids = torch.tensor([row["input_ids"]], device=model.device)
+                trained = model(input_ids=ids, use_cache=False).logits[0]
+                with model.disable_adapter(), _swapped(model, written):
+                    folded = model(input_ids=ids, use_cache=False).logits[0]
+                nats += _kl(trained, folded)
+                tokens += ids.shape[1]
+            found[table.variant] = nats / tokens if tokens else None
+    return found
+
+
+def adapter_name(place: int) -> str:
+    """The name under which the adapter of a table is loaded; PEFT calls the first one default."""
+    return f"table{place}" if place else "default"
+
+
+def _kl(trained: Tensor, folded: Tensor) -> float:
+    """Sum over tokens of KL, from logits [tokens, vocabulary]."""
+    p, q = (logits.double().log_softmax(-1) for logits in (trained, folded))
+    return (p.exp() * (p - q)).sum().item()
+
+
+def _table_tensors(written: QuantizedModel, table: Table, model: Any) -> dict[str, Tensor]:
+    """The tensors of a table under the names they have in the model that holds the adapter."""
+    adapted = {layer for layer, _ in table.adapter.updates(table.rank)}
+    names = {f"{layer}.offsets": f"{layer}.base_layer.offsets" for layer in adapted}
+    for name in table.adapter.full_tensors:
+        module, _, part = name.rpartition(".")
+        names[name] = f"{module}.original_module.{part}"
+    return {theirs: written.tensor(ours).to(model.device) for ours, theirs in names.items()}
+
+
+@contextmanager
+def _swapped(model: Any, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """The base with other tensors, for the length of a block."""
+    base, before = model.get_base_model(), {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        held = getattr(base.get_submodule(module), part)
+        before[name] = held.data
+        held.data = tensor.to(held.dtype)
+    try:
+        yield
+    finally:
+        for name, tensor in before.items():
+            module, _, part = name.rpartition(".")
+            getattr(base.get_submodule(module), part).data = tensor

@@ -1,0 +1,139 @@
+"""`anyrank fold`: runs of one quantized base, folded into it and compared with what was trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import disable_progress_bars
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from ..errors import AnyRankError, ConfigError, RunError
+from ..export.adapter import SavedAdapter
+from ..export.fold import fold
+from ..export.table import Table, plan_tables
+from ..files import read_json, refuse_filled
+from ..quant.checkpoint import QuantizedModel
+from ..training.arguments import ModelArguments
+from ..training.base import load_base
+from ..training.run import Run
+from .divergence import adapter_name, divergence
+from .evaluate import Rows
+from .sweep_run import SweepOptions, token_rows, training_rows
+
+logger = logging.getLogger("anyrank")
+
+
+@dataclass(frozen=True)
+class FoldOptions:
+    """What to fold, and on which rows to compare.
+
+    Attributes:
+        ranks: the ranks to write; None: the one that a sweep chose, or the only one trained.
+        base: the quantized base, if it lies elsewhere than when it was trained on.
+        dataset: rows to compare on; None: validation or training rows of the run.
+        limit: how many rows; 0: no comparison.
+        trust_remote_code: run code that the model brings along.
+    """
+
+    ranks: list[int] | None = None
+    base: Path | None = None
+    dataset: str | None = None
+    limit: int = 8
+    trust_remote_code: bool = False
+
+
+def fold_run(folders: Sequence[Path], out: Path, options: FoldOptions) -> dict[str, Any]:
+    """Fold adapters into their base; return what fold.json holds.
+
+    Raises:
+        AnyRankError: a run, a rank, the base or `out` is not as needed; nothing is written then.
+    """
+    refuse_filled(out)
+    disable_progress_bars()
+    adapters = [SavedAdapter.read(folder) for folder in folders]
+    base = QuantizedModel.open(base_folder(adapters, options.base))
+    ranks = options.ranks
+    if ranks is None and len(adapters) == 1:
+        ranks = chosen_ranks(adapters[0])
+    tables = plan_tables(adapters, ranks)
+    rows = [_rows(table, options) for table in tables]
+
+    def check(folder: Path, tables: Sequence[Table]) -> dict[str | None, float | None]:
+        if not any(rows):
+            return {}
+        arguments = ModelArguments(model_name_or_path=str(base.folder))
+        model: Any = load_base(
+            arguments, in_4bit=False, trust_remote_code=options.trust_remote_code
+        )
+        for place, table in enumerate(tables):
+            where, name = str(table.adapter.folder), adapter_name(place)
+            if place:
+                model.load_adapter(where, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, where, adapter_name=name)
+        return divergence(model, folder, tables, rows)
+
+    return fold(base, tables, out, check)
+
+
+def base_folder(adapters: Sequence[SavedAdapter], asked: Path | None) -> Path:
+    """The folder of the base that all adapters share.
+
+    Raises:
+        ConfigError: they were trained on different bases.
+        RunError: it is not there.
+    """
+    names = {adapter.config.base_model_name_or_path for adapter in adapters}
+    if asked is None and len(names) > 1:
+        raise ConfigError(
+            f"the adapters were trained on different bases ({', '.join(sorted(names))}); fold each "
+            "by itself, or name the one base with --base if it was moved"
+        )
+    folder = Path(asked or names.pop() or "")
+    if not folder.is_dir():
+        raise RunError(f"{folder}: the base is not there; name its folder with --base")
+    return folder
+
+
+def chosen_ranks(adapter: SavedAdapter) -> list[int] | None:
+    """The rank that `anyrank sweep` chose, or the only one that was trained; None: no ranks.
+
+    Raises:
+        ConfigError: every rank was trained and none was chosen.
+    """
+    if not adapter.config.low_rank:
+        return None
+    if not adapter.config.nested:
+        return [adapter.config.rows]
+    sweep = adapter.folder / "sweep.json"
+    rank = read_json(sweep).get("chosen_rank") if sweep.is_file() else None
+    if rank is None:
+        raise ConfigError(
+            f"{adapter.folder}: holds ranks 1..{adapter.config.rows}; name one with --rank 8 or "
+            f"several with --ranks 4,8 (anyrank sweep {adapter.folder} compares them)"
+        )
+    return [rank]
+
+
+def _rows(table: Table, options: FoldOptions) -> Rows:
+    """Rows to compare on; none where the run does not know any that are still there."""
+    if not options.limit:
+        return []
+    folder = table.adapter.folder
+    try:
+        run = Run.open(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chosen = SweepOptions(dataset=options.dataset, limit=options.limit)
+        if options.dataset or run.config.get("eval_dataset") or run.config.get("eval_size"):
+            return token_rows(run, chosen, tokenizer)[1]
+        return training_rows(run, options.limit, tokenizer)
+    except (AnyRankError, OSError) as error:
+        if options.dataset:
+            raise
+        logger.warning("not compared on real rows: %s", error)
+        return []
