@@ -23,7 +23,7 @@ anyrank: fine-tune a quantized language model once; ship it at any rank.
 anyrank VERB --help says more. --debug shows the traceback of an error; --keep_malloc leaves the
 memory allocator of a CPU as it is (see docs/log.md).
 """
-VERBS = ("train", "sweep", "fold", "export", "demo")
+VERBS = ("quantize", "train", "sweep", "fold", "export", "demo")
 
 
 def main() -> NoReturn:
