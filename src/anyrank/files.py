@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -65,11 +66,31 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     beside.chmod(0o755)
     try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
+        with disk_full_named(path):
+            yield beside
+            _sync(beside)
+            os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk into one error that names the output.
+
+    Raises:
+        RunError: the disk filled up inside of the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors raises an error of its own, which holds the text of the system's
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise RunError(
+            f"{path}: the disk is full, nothing was written; free some room, or name a folder on "
+            "another disk"
+        ) from error
 
 
 @contextmanager

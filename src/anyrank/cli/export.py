@@ -10,20 +10,31 @@ from .words import verb_parser
 
 def main(argv: list[str]) -> None:
     """Export, and say where to."""
-    parser = verb_parser("export", "Write a rank of a run in a form that runs without anyrank.")
+    parser = verb_parser(
+        "export", "Write a rank of a run, or a folded model, in a form that runs without anyrank."
+    )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="a run, or a folder with an anyrank adapter")
-    add("out", metavar="OUT", type=Path, help="new folder (with --ranks: OUT/rank4, ...)")
-    add("--rank", help="the rank to write")
-    add("--ranks", help="several ranks in one call, such as 4,8,16")
-    add("--to", default="lora", help="format: lora, a plain PEFT LoRA")
-    chosen = parser.parse_args(argv)
-    from ..export.verb import export_ranks
+    add("source", metavar="RUN|MODEL", type=Path, help="a run or adapter, or a folded model")
+    add("out", metavar="OUT", type=Path, help="new folder, or OUT.gguf (--ranks: OUT/rank4, ...)")
+    add("--to", help="of a run: lora (default) or gguf; of a model: gguf, mlx, hqq or torchao")
+    add("--rank", help="of a run: the rank to write")
+    add("--ranks", help="of a run: several ranks in one call, such as 4,8,16")
+    add("--base", type=Path, help="of a run, to gguf: its base model, if it was moved")
+    add("--variant", help="of a model: which of its ranks or tasks, such as rank8")
+    add("--embeddings", choices=("F16", "Q8_0"), help="of a model, to gguf: their precision (F16)")
+    add("--tokenizer_pre", help="of a model, to gguf: pre-tokenizer, where it is not recognised")
+    add("--target", choices=("any", "cuda"), help="to torchao: every device (any), or tensor cores")
+    chosen = vars(parser.parse_args(argv))
+    from ..export.verb import ExportOptions, export
     from ..schedule import rank_list
 
-    name = "rank" if chosen.ranks is None else "ranks"
-    ranks = rank_list(getattr(chosen, name), name) or []
-    if (chosen.rank is None) == (chosen.ranks is None) or (name == "rank" and len(ranks) != 1):
+    one, many = chosen.pop("rank"), chosen.pop("ranks")
+    if one is not None and many is not None:
         raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
-    for line in export_ranks(chosen.run, chosen.out, ranks, chosen.to, several=name == "ranks"):
+    ranks = rank_list(one, "rank") if many is None else rank_list(many, "ranks")
+    if one is not None and len(ranks or []) != 1:
+        raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
+    source, out, form = (chosen.pop(name) for name in ("source", "out", "to"))
+    options = ExportOptions(form, tuple(ranks or ()), many is not None, **chosen)
+    for line in export(source, out, options):
         print(line)

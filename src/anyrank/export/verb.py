@@ -1,50 +1,163 @@
-"""`anyrank export`: one rank or several, checked before the first file is written."""
+"""`anyrank export`: a rank of an adapter, or a whole quantized model, in a form of another tool."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, RunError, nearest
 from ..files import refuse_filled, require_disk
-from .lora import VLLM_RANKS, SavedAdapter, export_lora, lora_size, vllm_rank
+from .adapter import CONFIG, SavedAdapter
+from .lora import VLLM_RANKS, export_lora, lora_size, vllm_rank
 
-FORMATS = ("lora",)
+ADAPTER_FORMATS = ("lora", "gguf")
+MODEL_FORMATS = ("gguf", "mlx", "hqq", "torchao")
+_ONLY_FOR = {  # option -> the formats that know it
+    "base": ("a LoRA GGUF", "gguf", True),
+    "embeddings": ("a model as GGUF", "gguf", False),
+    "tokenizer_pre": ("a model as GGUF", "gguf", False),
+    "target": ("torchao", "torchao", False),
+    "variant": ("a model", None, False),
+}
 
 
-def export_ranks(
-    folder: Path, out: Path, ranks: Sequence[int], form: str, *, several: bool
-) -> Iterator[str]:
-    """Write the ranks and yield what to tell the user, a line each.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write; None: as is usual for the format.
+
+    Attributes:
+        form: the format.
+        ranks: of an adapter.
+        several: whether `out` holds one export per rank.
+        variant: of a model: which table of offsets.
+        base: of an adapter as GGUF: the base model, if it was moved.
+        embeddings: of a model as GGUF: F16 or Q8_0.
+        tokenizer_pre: of a model as GGUF: llama.cpp's name of the pre-tokenizer.
+        target: of torchao: any or cuda.
+    """
+
+    form: str | None = None
+    ranks: Sequence[int] = ()
+    several: bool = False
+    variant: str | None = None
+    base: Path | None = None
+    embeddings: str | None = None
+    tokenizer_pre: str | None = None
+    target: str | None = None
+
+    def check(self, form: str, *, adapter: bool) -> None:
+        """Raise on an option that would do nothing."""
+        for name, (what, known, for_adapter) in _ONLY_FOR.items():
+            fits = known in (None, form) and for_adapter == adapter
+            if getattr(self, name) is not None and not fits:
+                raise ConfigError(f"--{name} is for {what} alone; leave it out")
+
+
+def export(folder: Path, out: Path, options: ExportOptions) -> Iterator[str]:
+    """Write what `folder` holds and yield what to tell the user, a line each.
 
     Args:
-        folder: a run, or a folder with an anyrank adapter.
-        out: the new folder; with `several`, the parent of one folder per rank.
-        ranks: the ranks to write.
-        form: one of `FORMATS`.
-        several: whether `out` holds one folder per rank.
+        folder: a run or another folder with an anyrank adapter, or a quantized model.
+        out: the new folder (of GGUF: or file).
+        options: the format, and what it needs to know.
 
     Raises:
         AnyRankError: a rank, the format or a folder is not as needed; nothing is written then.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--to {form} is unknown; {nearest(form, FORMATS)}")
-    adapter = SavedAdapter.read(folder)
-    targets = {rank: out / f"rank{rank}" if several else out for rank in ranks}
+    if (folder / CONFIG).is_file():
+        form = _known(options.form or "lora", ADAPTER_FORMATS, "an adapter")
+        options.check(form, adapter=True)
+        if not options.ranks:
+            raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
+        return _export_adapter(SavedAdapter.read(folder), out, form, options)
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{folder}: holds no adapter and no model; name a run, or a folded model")
+    if options.ranks:
+        raise ConfigError(
+            f"--rank is for adapters, but {folder} holds a model; fold the ranks you need, and "
+            "choose one of them with --variant"
+        )
+    if options.form is None:
+        raise ConfigError(f"name a format with --to: {', '.join(MODEL_FORMATS)}")
+    form = _known(options.form, MODEL_FORMATS, "a quantized model")
+    options.check(form, adapter=False)
+    return _export_model(folder, out, form, options)
+
+
+def _known(form: str, formats: Sequence[str], what: str) -> str:
+    if form not in formats:
+        raise ConfigError(f"--to {form} is unknown for {what}; {nearest(form, formats)}")
+    return form
+
+
+def _export_adapter(
+    adapter: SavedAdapter, out: Path, form: str, options: ExportOptions
+) -> Iterator[str]:
+    targets = {rank: _target(out, rank, form, options.several) for rank in options.ranks}
     for rank, target in targets.items():
         adapter.check_rank(rank)
         refuse_filled(target)
-    if not adapter.config.nested and any(rank != adapter.config.rows for rank in ranks):
+    config = adapter.config
+    if not config.nested and any(rank != config.rows for rank in targets):
         yield (
-            f"warning: {adapter.config.method} was trained at rank {adapter.config.rows} alone; "
+            f"warning: {config.method} was trained at rank {config.rows} alone; "
             "a smaller prefix of it never learned to stand by itself (see --nested true)"
         )
-    require_disk(out, sum(lora_size(adapter, rank) for rank in ranks), "the export")
+    require_disk(out, sum(lora_size(adapter, rank) for rank in targets), "the export")
     for rank, target in targets.items():
-        export_lora(adapter, target, rank)
+        if form == "lora":
+            export_lora(adapter, target, rank)
+        else:
+            from .gguf import export_gguf_lora
+
+            export_gguf_lora(adapter, target, rank, base=options.base)
         yield f"rank {rank}: {target}"
-    yield _serve(adapter, targets)
+    if form == "lora":
+        yield _serve(adapter, targets)
+    else:
+        yield f"Run: llama-cli -m BASE.gguf --lora {shlex.quote(str(target))}"
+
+
+def _target(out: Path, rank: int, form: str, several: bool) -> Path:
+    if not several:
+        return out
+    return out / (f"rank{rank}.gguf" if form == "gguf" else f"rank{rank}")
+
+
+def _export_model(folder: Path, out: Path, form: str, options: ExportOptions) -> Iterator[str]:
+    variant = options.variant
+    if form == "gguf":
+        from .gguf import export_gguf
+
+        file = export_gguf(
+            folder,
+            out,
+            variant=variant,
+            embeddings=options.embeddings or "F16",
+            tokenizer_pre=options.tokenizer_pre,
+        )
+        yield f"{form}: {file}"
+        yield f"Run: llama-cli -m {shlex.quote(str(file))}"
+        return
+    if form == "mlx":
+        from .mlx import export_mlx
+
+        export_mlx(folder, out, variant=variant)
+        run = f"mlx_lm.chat --model {shlex.quote(str(out))}"
+    elif form == "hqq":
+        from .hqq import export_hqq
+
+        export_hqq(folder, out, variant=variant)
+        run = f'python -c "from anyrank.export.hqq import load_hqq; model = load_hqq({str(out)!r})"'
+    else:
+        from .torchao import export_torchao
+
+        export_torchao(folder, out, variant=variant, target=options.target or "any")
+        run = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), with torchao installed"
+    yield f"{form}: {out}"
+    yield f"Run: {run}"
 
 
 def _serve(adapter: SavedAdapter, targets: Mapping[int, Path]) -> str:
