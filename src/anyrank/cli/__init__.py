@@ -13,12 +13,15 @@ from .. import allocator
 from ..errors import AnyRankError, ConfigError, nearest
 
 HELP = """\
-anyrank: fine-tune a quantized language model once; ship it at any rank.
+anyrank: fine-tune a quantized language model once; ship it at any rank, or folded into its weights.
 
+  anyrank quantize MODEL BASE --bits 4                                 a base to fold into
   anyrank train  --model_name_or_path M --dataset D --output_dir RUN   every rank, in one run
   anyrank sweep  RUN                                                   the loss at every rank
-  anyrank export RUN --rank 8 --to lora OUT                            an ordinary PEFT LoRA
-  anyrank demo                                                         all three, on a tiny model
+  anyrank fold   RUN FOLDED --rank 8                                   no adapter left
+  anyrank export RUN OUT --rank 8 --to lora                            an ordinary PEFT LoRA
+  anyrank export FOLDED OUT --to gguf | mlx | hqq | torchao            for the tools that run it
+  anyrank demo                                                         train, sweep, export: tiny
 
 anyrank VERB --help says more. --debug shows the traceback of an error; --keep_malloc leaves the
 memory allocator of a CPU as it is (see docs/log.md).

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     chosen = vars(_arguments().parse_args(argv))
     from ..training.run import Run
 
-    Run.open(chosen["run"])  # before the imports that take seconds
+    run = Run.open(chosen["run"])  # before the imports that take seconds
     from ..schedule import rank_list
     from ..sweep.report import table
     from ..sweep.sweep_run import SweepOptions, sweep_run
@@ -77,3 +77,5 @@ def main(argv: list[str]) -> None:
             f"Chosen: rank {rank}, the smallest within {found['tolerance']:g} nats per token of "
             f"the best.\nNext: anyrank export {run_folder} --rank {rank} --to lora OUT"
         )
+        if run.config.get("foldable"):
+            print(f"  or: anyrank fold {run_folder} OUT --rank {rank}")

@@ -18,6 +18,7 @@ Adapter  --method                 {methods}
          --lora_r                 64                          --lora_alpha     16
          --lora_target_modules    all-linear                  --lora_dropout   0
          --nested                 every rank                  --scale          alpha/k, alpha/r ...
+         --pool, --repeat         as the method says          --foldable       checked, to be folded
          --ranks                  1,2,4,8,16,32,64 to draw from; default: all of them
          --schedule               uniform or sandwich         --rank_unit, --ranks_per_step
 Steps    --max_steps              or --num_train_epochs 3     --learning_rate  2e-4
