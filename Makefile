@@ -1,10 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Both need Python 3.11 or later, nothing else.
 PYTHON ?= python3
 VENV := .venv
+READERS := .venv-exports
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/$(PIP)
+LLAMA_CPP := -DLLAVA_BUILD=OFF $(patsubst %,-DLLAMA_BUILD_%=OFF,TESTS TOOLS EXAMPLES SERVER)
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow test-exports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -20,6 +23,11 @@ lint: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
 
+# What runs the exports, each with its own reader. The import fails where a test would only skip.
+test-exports: $(READERS)/.installed
+	$(READERS)/bin/python -c 'import gguf, hqq, llama_cpp, mlx.core, mlx_lm, torchao'
+	$(READERS)/bin/pytest -m slow tests/export
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyrank needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +40,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(INSTALL) -e '.[nf4,test]'
 	touch $@
 
+# An environment of its own: Transformers imports hqq and torchao wherever it finds them, and slows down.
+# llama.cpp is built from source, without tools (4 to 12 minutes); hqq without its CUDA kernels.
+$(READERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(READERS)
+	DISABLE_CUDA=1 CMAKE_ARGS="$(LLAMA_CPP)" $(READERS)/bin/$(PIP) -e '.[nf4,test-exports]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) $(READERS) demo-run

@@ -36,7 +36,7 @@ ADAPTERS = {
     "qalora": ("--method", "qalora", "--lora_r", 8, "--foldable", "true"),
     "lora": ("--method", "lora", "--lora_r", 64),
 }
-RATES = {"qalora": ("3e-3", "1e-2", "3e-2"), "lora": ("3e-3", "1e-2", "2e-2")}
+RATES = {"qalora": ("1e-2", "3e-2", "6e-2"), "lora": ("3e-3", "1e-2", "2e-2")}
 
 
 def anyrank(*words: object) -> None:

@@ -75,6 +75,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, renamed to `path` when the block ends well.
+
+    Raises:
+        RunError: `path` exists.
+    """
+    refuse_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        with disk_full_named(path):
+            yield beside
+            _sync_file(beside)
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
     """Turn what libraries raise on a full disk into one error that names the output.
 
@@ -113,6 +134,12 @@ def refuse_filled(path: Path) -> None:
         raise RunError(f"{path} exists already; name another folder, or remove it first")
 
 
+def refuse_file(path: Path) -> None:
+    """Raise unless `path` is free for a file."""
+    if path.exists():
+        raise RunError(f"{path} exists already; name another file, or remove it first")
+
+
 def require_disk(folder: Path, needed: int, what: str) -> None:
     """Raise unless the disk of `folder` has room for `needed` bytes.
 
@@ -131,6 +158,10 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
 def _sync(folder: Path) -> None:
     for item in folder.rglob("*"):
         if item.is_file():
-            item.chmod(0o644)  # safetensors makes files that only their owner may read
-            with open(item, "rb") as file:
-                os.fsync(file.fileno())
+            _sync_file(item)
+
+
+def _sync_file(path: Path) -> None:
+    path.chmod(0o644)  # safetensors and mkstemp make files that only their owner may read
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

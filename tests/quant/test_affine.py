@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from tiny import IDS, adapted, config, layers, llama, quantized
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +39,17 @@ def test_a_cast_of_the_model_leaves_the_stored_weight_alone():
         ):
             assert torch.equal(was, now)
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_preparing_for_low_bit_training_leaves_the_stored_weight_alone():
+    model = quantized(llama(torch.bfloat16, attention_bias=True), 4, (1, 16))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".codes", ".scales", ".offsets")):
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+    adapted(model, "qalora")(IDS).logits.sum().backward()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -1,10 +1,12 @@
 """Half-quadratic codes: never worse than min-max, and as good as the library's."""
 
+import math
+
 import pytest
 import torch
 
 from anyrank.kernels import AffineFormat, unpack
-from anyrank.quant.half_quadratic import half_quadratic, objective
+from anyrank.quant.half_quadratic import half_quadratic
 from anyrank.quant.minmax import in_tiles, minmax
 
 
@@ -18,14 +20,15 @@ def some_weight(d_out: int = 48, d_in: int = 128) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("tile", [(1, 16), (1, 64), (8, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_no_tile_is_worse_than_min_max_and_the_sum_is_better(bits, tile, dtype):
+def test_no_tile_is_worse_than_min_max(bits, tile, dtype):
     weight, form = some_weight(), AffineFormat(bits, tile, dtype)
-    ours, theirs = (
-        objective(in_tiles(weight - quantizer(weight, form).weight(), form))
-        for quantizer in (half_quadratic, minmax)
-    )
-    assert (ours <= theirs).all()
-    assert ours.sum() < 0.995 * theirs.sum()
+    errors = (weight.double() - q(weight, form).weight() for q in (half_quadratic, minmax))
+    rows, columns = tile
+    shape = (48 // rows, rows, 128 // columns, columns)
+    ours, theirs = (error.view(shape).abs().pow(0.7).sum(dim=(1, 3)) for error in errors)
+    assert (ours <= theirs * (1 + 1e-5)).all()
+    if dtype == torch.float16:  # at 8 bits a bf16 offset has no neighbour within a step
+        assert ours.sum() < 0.99 * theirs.sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -42,16 +45,34 @@ def test_the_codes_are_the_nearest_of_the_stored_grid(bits):
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-8)
 
 
-def test_large_errors_are_outliers_that_the_offset_does_not_follow():
-    """Errors above beta^(-1/(2-p)) = 0.17 are taken by E: the other weights decide the offset."""
-    weight = torch.zeros(1, 16)
-    weight[0, :8], weight[0, 15] = 1.0, 3.0
-    weight[0, 8:12] = 1.3
-    form = AffineFormat(2, (1, 16))
-    ours, theirs = (q(weight, form) for q in (half_quadratic, minmax))
-    assert objective(in_tiles(weight - ours.weight(), form)) <= objective(
-        in_tiles(weight - theirs.weight(), form)
-    )
+def naive(tile: list[float], bits: int) -> float:
+    """The best offset of one tile, number by number; nothing is rounded to a storage precision."""
+    top, low = 2**bits - 1, min(tile)
+    scale, offset, beta, best = (max(tile) - low) / top, low, 10.0, (math.inf, 0.0)
+    for _ in range(20):
+        codes = [min(max(round((w - offset) / scale), 0), top) for w in tile]
+        errors = [w - (scale * c + offset) for w, c in zip(tile, codes, strict=True)]
+        best = min(best, (sum(abs(x) ** 0.7 for x in errors), offset))
+        kept = [max(abs(x) - abs(x) ** -0.3 / beta, 0.0) if x else 0.0 for x in errors]
+        outliers = [math.copysign(k, x) for k, x in zip(kept, errors, strict=True)]
+        parts = zip(tile, outliers, codes, strict=True)
+        offset = sum(w - e - scale * c for w, e, c in parts) / len(tile)
+        beta *= 1.01
+    return best[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("size", [1.0, 50.0])
+def test_the_offsets_are_those_of_the_equations(bits, size):
+    """Size 1: E is 0 throughout. Size 50: errors reach 1, so E takes the outliers."""
+    weight = some_weight(16, 32) * size
+    form = AffineFormat(bits, (1, 16), torch.float32)
+    offsets = half_quadratic(weight, form).offsets
+    wanted = [
+        [naive(tile.tolist(), bits) for tile in row] for row in weight.double().view(16, 2, 16)
+    ]
+    close = (offsets - torch.tensor(wanted)).abs() < 1e-5 * size
+    assert close.float().mean() > 0.9  # float32 may find a last better turn that float64 does not
 
 
 def test_a_constant_tile_is_kept():

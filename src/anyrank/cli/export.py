@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     add("--embeddings", choices=("F16", "Q8_0"), help="of a model, to gguf: their precision (F16)")
     add("--tokenizer_pre", help="of a model, to gguf: pre-tokenizer, where it is not recognised")
     add("--target", choices=("any", "cuda"), help="to torchao: every device (any), or tensor cores")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="to mlx: computes in (float16)")
     chosen = vars(parser.parse_args(argv))
     from ..export.verb import ExportOptions, export
     from ..schedule import rank_list

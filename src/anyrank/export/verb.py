@@ -19,6 +19,7 @@ _ONLY_FOR = {  # option -> the formats that know it
     "embeddings": ("a model as GGUF", "gguf", False),
     "tokenizer_pre": ("a model as GGUF", "gguf", False),
     "target": ("torchao", "torchao", False),
+    "dtype": ("mlx", "mlx", False),
     "variant": ("a model", None, False),
 }
 
@@ -36,6 +37,7 @@ class ExportOptions:
         embeddings: of a model as GGUF: F16 or Q8_0.
         tokenizer_pre: of a model as GGUF: llama.cpp's name of the pre-tokenizer.
         target: of torchao: any or cuda.
+        dtype: of mlx: the precision to compute in; float32 is the fast one on a CPU.
     """
 
     form: str | None = None
@@ -46,6 +48,7 @@ class ExportOptions:
     embeddings: str | None = None
     tokenizer_pre: str | None = None
     target: str | None = None
+    dtype: str | None = None
 
     def check(self, form: str, *, adapter: bool) -> None:
         """Raise on an option that would do nothing."""
@@ -142,9 +145,12 @@ def _export_model(folder: Path, out: Path, form: str, options: ExportOptions) ->
         yield f"Run: llama-cli -m {shlex.quote(str(file))}"
         return
     if form == "mlx":
+        import torch
+
         from .mlx import export_mlx
 
-        export_mlx(folder, out, variant=variant)
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        export_mlx(folder, out, variant=variant, dtype=dtype)
         run = f"mlx_lm.chat --model {shlex.quote(str(out))}"
     elif form == "hqq":
         from .hqq import export_hqq

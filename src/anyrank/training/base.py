@@ -22,8 +22,7 @@ def wants_4bit(arguments: ModelArguments, method_name: str) -> bool:
     quantized = quantization_of(arguments)
     if quantized and arguments.load_in_4bit:
         raise ConfigError(
-            f"load_in_4bit=True: {arguments.model_name_or_path} is quantized already ({quantized}); "
-            "leave it out"
+            f"load_in_4bit=True: the base is quantized already ({quantized}); leave it out"
         )
     if quantized or arguments.load_in_4bit is not None:
         return bool(arguments.load_in_4bit)
