@@ -2,11 +2,12 @@
 
     python benchmarks/fold.py --model ../shared/models/t0-6m --data ../shared/data/gsm8k --out runs
 
-Two adapters are trained on each quantized base, each at three learning rates: QA-LoRA, which folds,
-and QLoRA's adapter (a LoRA of rank 64 on the same base). The LoRA is then merged and quantized again
-to the same format, once from the weights of the quantized base and once from the original ones; the
-best learning rate is chosen for every row by itself, which favours the rows that lose. Finished runs
-are kept and not done again. About four minutes a run on one core; --jobs 2 trains two at a time.
+Two adapters are trained on each quantized base, each at three learning rates: QA-LoRA, which
+folds, and QLoRA's adapter (a LoRA of rank 64 on the same base). The LoRA is then merged and
+quantized again to the same format, once from the weights of the quantized base and once from the
+original ones; the best learning rate is chosen for every row by itself, which favours the rows that
+lose. Finished runs are kept and not done again. About four minutes a run on one core; --jobs 2
+trains two at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anyrank.files import write_json
 from anyrank.quant.checkpoint import QuantizedModel
-from anyrank.quantize.quantize import QUANTIZERS
+from anyrank.quantize.model import STREAMED
 from anyrank.sweep.evaluate import evaluation, score
 from anyrank.sweep.sweep_run import SweepOptions, token_rows
 from anyrank.training.run import Run
@@ -93,9 +94,9 @@ def deployed(run: Path, method: str, chosen: argparse.Namespace) -> dict[str, fl
 
 
 def merged(run: Path, base: Path, original: Path | None) -> Any:
-    """The LoRA merged into the base, or into the original weights, and quantized as the base was."""
+    """The LoRA merged into the base or the original weights, and quantized as the base was."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
-    quantizer = QUANTIZERS[model.config.quantization_config.quantizer]
+    quantizer = STREAMED[model.config.quantization_config.quantizer]
     whole = None if original is None else AutoModelForCausalLM.from_pretrained(original)
     adapter = PeftModel.from_pretrained(model, str(run))
     for name, layer in adapter_layers(adapter):

@@ -22,6 +22,7 @@ LAYERS = (
     ("methods",),
     ("kernels",),
     ("quant",),
+    ("quantize",),
     ("tuner",),
     ("training", "export"),
     ("sweep",),

@@ -23,6 +23,8 @@ PUBLIC = [
     "__version__",
     "evaluate_ranks",
     "export_lora",
+    "fold_run",
+    "quantize_model",
 ]
 STDLIB = {
     "ConfigError": ValueError,

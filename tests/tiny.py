@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import anyrank
 from anyrank.kernels import AffineFormat
 from anyrank.quant.hf import AffineConfig, quantized_linears, replace_linears
-from anyrank.quant.minmax import minmax
+from anyrank.quantize.minmax import minmax
 from anyrank.tuner import AnyRankLinear, adapter_layers
 
 IDS = torch.arange(2 * 9).reshape(2, 9)

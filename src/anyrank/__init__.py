@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .export.lora import export_lora as export_lora
     from .methods import METHODS as METHODS
     from .methods import Method as Method
+    from .quantize.model import quantize_model as quantize_model
     from .schedule import Draw as Draw
     from .schedule import Schedule as Schedule
     from .sweep.evaluate import evaluate_ranks as evaluate_ranks
+    from .sweep.fold_run import fold_run as fold_run
     from .training.callback import RankCallback as RankCallback
     from .training.plan import RankPlan as RankPlan
     from .tuner import AnyRankConfig as AnyRankConfig
@@ -38,6 +40,8 @@ _HOMES = {
     "RankCallback": "training.callback",
     "export_lora": "export.lora",
     "evaluate_ranks": "sweep.evaluate",
+    "fold_run": "sweep.fold_run",
+    "quantize_model": "quantize.model",
 }
 __all__ = ["AnyRankError", "__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from anyrank.export.gguf import pretokenizer as pre
 from anyrank.kernels import AffineFormat
 from anyrank.quant.hf import AffineConfig, quantized_linears, replace_linears
-from anyrank.quant.minmax import minmax
+from anyrank.quantize.minmax import minmax
 
 FORM = AffineFormat(4, (1, 32))
 SHAPE = {

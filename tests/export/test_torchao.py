@@ -27,7 +27,7 @@ from anyrank.errors import ConfigError, GeometryError, MissingPackageError
 from anyrank.export import folder as shared
 from anyrank.export.torchao import export_torchao, load_int4_cpu, scale_and_zero, tile_packed
 from anyrank.kernels import Affine, AffineFormat, unpack
-from anyrank.quant.minmax import minmax
+from anyrank.quantize.minmax import minmax
 
 LAYER = "model.layers.1.mlp.down_proj"
 

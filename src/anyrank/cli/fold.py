@@ -32,12 +32,17 @@ def main(argv: list[str]) -> None:
     ranks = rank_list(getattr(chosen, name), name)
     if name == "rank" and ranks is not None and len(ranks) > 1:
         raise ConfigError(f"--rank {chosen.rank}: several ranks go into --ranks")
-    from ..sweep.fold_run import FoldOptions, fold_run
+    from ..sweep.fold_run import fold_run
 
-    options = FoldOptions(
-        ranks, chosen.base, chosen.dataset, chosen.limit, chosen.trust_remote_code
+    found = fold_run(
+        chosen.runs,
+        chosen.out,
+        ranks=ranks,
+        base=chosen.base,
+        dataset=chosen.dataset,
+        limit=chosen.limit,
+        trust_remote_code=chosen.trust_remote_code,
     )
-    found = fold_run(chosen.runs, chosen.out, options)
     for variant, table in found["tables"].items():
         print(_line(variant, table))
     variant = "" if len(found["tables"]) == 1 else f", variant={next(iter(found['tables']))!r}"

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--quantizer gptq needs rows to calibrate on; name some with --dataset")
     if rows["dataset"] is not None and chosen["quantizer"] != "gptq":
         raise ConfigError("--dataset is for --quantizer gptq alone; leave one of them out")
-    from ..quant.quantize import quantize_model
+    from ..quantize.model import quantize_model
 
     group, model, out = chosen.pop("group_size"), chosen.pop("model"), chosen.pop("out")
     if group is not None:
@@ -41,7 +41,7 @@ def _arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder or a Hub name: float, GPTQ or AWQ weights")
     add("out", metavar="OUT", type=Path, help="new folder; from_pretrained(OUT) loads it")
-    add("--bits", type=count, help="bits per code: 2, 3, 4, 5, 6 or 8 (4)")
+    add("--bits", type=count, help="bits per code, 2 to 8 (4)")
     add("--group_size", type=count, metavar="N", help="inputs that share a scale and offset (32)")
     add("--tile", type=_tile, metavar="8x4", help="or outputs x inputs that share them (QA-HiRA)")
     add(

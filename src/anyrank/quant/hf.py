@@ -5,6 +5,7 @@ Imported by itself as soon as `transformers.quantizers.auto` is, see `_plugins`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,8 +91,14 @@ def quantized_linears(model: nn.Module, keep: Sequence[str]) -> Iterator[tuple[s
         keep: names or last parts of names of layers that stay as they are.
     """
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and not _named(name, keep):
-            yield name, module
+        if type(module) in _linear_classes() and not _named(name, keep):
+            yield name, module  # type: ignore[misc]
+
+
+def _linear_classes() -> set[type]:
+    """The classes that compute x W^T + b and nothing else; a subclass may compute what it likes."""
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return {nn.Linear} | ({falcon.FalconLinear} if falcon is not None else set())
 
 
 def _named(name: str, patterns: Sequence[str]) -> bool:

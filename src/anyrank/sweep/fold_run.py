@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +27,67 @@ from .sweep_run import SweepOptions, token_rows, training_rows
 logger = logging.getLogger("anyrank")
 
 
-@dataclass(frozen=True)
-class FoldOptions:
-    """What to fold, and on which rows to compare.
+def fold_run(
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    ranks: Sequence[int] | None = None,
+    base: str | Path | None = None,
+    dataset: str | None = None,
+    limit: int = 8,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Fold a run, or several of one base, and compare the result with what was trained.
 
-    Attributes:
+    Args:
+        folders: runs or adapter folders.
+        out: the folder to make; `from_pretrained` loads it, with `variant` for one of several.
         ranks: the ranks to write; None: the one that a sweep chose, or the only one trained.
         base: the quantized base, if it lies elsewhere than when it was trained on.
         dataset: rows to compare on; None: validation or training rows of the run.
         limit: how many rows; 0: no comparison.
         trust_remote_code: run code that the model brings along.
-    """
 
-    ranks: list[int] | None = None
-    base: Path | None = None
-    dataset: str | None = None
-    limit: int = 8
-    trust_remote_code: bool = False
-
-
-def fold_run(folders: Sequence[Path], out: Path, options: FoldOptions) -> dict[str, Any]:
-    """Fold adapters into their base; return what fold.json holds.
+    Returns:
+        What fold.json holds.
 
     Raises:
         AnyRankError: a run, a rank, the base or `out` is not as needed; nothing is written then.
     """
+    out = Path(out)
     refuse_filled(out)
     disable_progress_bars()
-    adapters = [SavedAdapter.read(folder) for folder in folders]
-    base = QuantizedModel.open(base_folder(adapters, options.base))
-    ranks = options.ranks
+    paths = [folders] if isinstance(folders, str | Path) else folders
+    adapters = [SavedAdapter.read(folder) for folder in paths]
+    model = QuantizedModel.open(base_folder(adapters, base))
     if ranks is None and len(adapters) == 1:
         ranks = chosen_ranks(adapters[0])
     tables = plan_tables(adapters, ranks)
-    rows = [_rows(table, options) for table in tables]
+    rows = [_rows(table, dataset, limit) for table in tables]
 
     def check(folder: Path, tables: Sequence[Table]) -> dict[str | None, float | None]:
         if not any(rows):
             return {}
-        arguments = ModelArguments(model_name_or_path=str(base.folder))
-        model: Any = load_base(
-            arguments, in_4bit=False, trust_remote_code=options.trust_remote_code
-        )
-        for place, table in enumerate(tables):
-            where, name = str(table.adapter.folder), adapter_name(place)
-            if place:
-                model.load_adapter(where, adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, where, adapter_name=name)
-        return divergence(model, folder, tables, rows)
+        tuned = _with_adapters(model.folder, tables, trust_remote_code)
+        return divergence(tuned, folder, tables, rows)
 
-    return fold(base, tables, out, check)
+    return fold(model, tables, out, check)
 
 
-def base_folder(adapters: Sequence[SavedAdapter], asked: Path | None) -> Path:
+def _with_adapters(base: Path, tables: Sequence[Table], trust_remote_code: bool) -> Any:
+    """The base with the adapter of every table."""
+    arguments = ModelArguments(model_name_or_path=str(base))
+    model: Any = load_base(arguments, in_4bit=False, trust_remote_code=trust_remote_code)
+    for place, table in enumerate(tables):
+        where, name = str(table.adapter.folder), adapter_name(place)
+        if place:
+            model.load_adapter(where, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, where, adapter_name=name)
+    return model
+
+
+def base_folder(adapters: Sequence[SavedAdapter], asked: str | Path | None) -> Path:
     """The folder of the base that all adapters share.
 
     Raises:
@@ -120,20 +126,19 @@ def chosen_ranks(adapter: SavedAdapter) -> list[int] | None:
     return [rank]
 
 
-def _rows(table: Table, options: FoldOptions) -> Rows:
+def _rows(table: Table, dataset: str | None, limit: int) -> Rows:
     """Rows to compare on; none where the run does not know any that are still there."""
-    if not options.limit:
+    if not limit:
         return []
     folder = table.adapter.folder
     try:
         run = Run.open(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        chosen = SweepOptions(dataset=options.dataset, limit=options.limit)
-        if options.dataset or run.config.get("eval_dataset") or run.config.get("eval_size"):
-            return token_rows(run, chosen, tokenizer)[1]
-        return training_rows(run, options.limit, tokenizer)
+        if dataset or run.config.get("eval_dataset") or run.config.get("eval_size"):
+            return token_rows(run, SweepOptions(dataset=dataset, limit=limit), tokenizer)[1]
+        return training_rows(run, limit, tokenizer)
     except (AnyRankError, OSError) as error:
-        if options.dataset:
+        if dataset:
             raise
         logger.warning("not compared on real rows: %s", error)
         return []

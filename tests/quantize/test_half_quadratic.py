@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from anyrank.kernels import AffineFormat, unpack
-from anyrank.quant.half_quadratic import half_quadratic
-from anyrank.quant.minmax import in_tiles, minmax
+from anyrank.quantize.half_quadratic import half_quadratic
+from anyrank.quantize.minmax import in_tiles, minmax
 
 
 def some_weight(d_out: int = 48, d_in: int = 128) -> torch.Tensor:

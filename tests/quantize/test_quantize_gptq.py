@@ -7,8 +7,8 @@ from tiny import IDS, llama
 
 from anyrank.kernels import AffineFormat
 from anyrank.quant.checkpoint import QuantizedModel
-from anyrank.quant.gptq import gptq
-from anyrank.quant.quantize import quantize_model
+from anyrank.quantize.gptq import gptq
+from anyrank.quantize.model import quantize_model
 
 
 def rows(count: int = 6) -> list[torch.Tensor]:

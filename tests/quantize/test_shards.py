@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from anyrank.errors import RunError
 from anyrank.kernels import AffineFormat
-from anyrank.quant.shards import ShardWriter, Spec, affine_specs, layout, shard_names, split
+from anyrank.quantize.shards import ShardWriter, Spec, affine_specs, layout, shard_names, split
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_groups_stay_together_and_files_stay_small():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_a_layer_stores_is_known_beforehand(bits):
-    from anyrank.quant.minmax import minmax
+    from anyrank.quantize.minmax import minmax
 
     form = AffineFormat(bits, (2, 8))
     affine = minmax(torch.randn(6, 24), form)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anyrank.kernels import AffineFormat, unpack
-from anyrank.quant.minmax import minmax
+from anyrank.quantize.minmax import minmax
 
 TILES = [(1, 16), (1, 32), (8, 4), (2, 8)]
 

@@ -5,8 +5,8 @@ import torch
 
 from anyrank.errors import DataError
 from anyrank.kernels import AffineFormat
-from anyrank.quant.gptq import gptq, inverse_factor
-from anyrank.quant.minmax import minmax
+from anyrank.quantize.gptq import gptq, inverse_factor
+from anyrank.quantize.minmax import minmax
 
 
 def correlated(d_in: int = 64, tokens: int = 512) -> torch.Tensor:
@@ -66,7 +66,7 @@ def naive(weight, form, hessian):
 
 @pytest.mark.parametrize("tile", [(1, 16), (8, 4), (1, 48)])
 def test_blocks_compute_what_one_column_at_a_time_does(tile, monkeypatch):
-    monkeypatch.setattr("anyrank.quant.gptq.BLOCK", 32)
+    monkeypatch.setattr("anyrank.quantize.gptq.BLOCK", 32)
     weight, x = some_weight(d_in=144), correlated(d_in=144)
     form = AffineFormat(4, tile, torch.float32)
     got = gptq(weight, form, 2 * x @ x.T).weight()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import llama
 
 from anyrank.errors import RunError
-from anyrank.quant.quantize import REPORT, quantize_model
+from anyrank.quantize.model import REPORT, quantize_model
 
 
 def test_a_name_on_the_hub_is_downloaded_without_pickles(base, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from anyrank.errors import ConfigError, LayerError, RunError
 from anyrank.kernels import unpack
 from anyrank.quant.affine import AffineLinear
 from anyrank.quant.checkpoint import QuantizedModel
-from anyrank.quant.quantize import quantize_model
+from anyrank.quantize.model import quantize_model
 
 KINDS = [
     ("gptq", 2, {}),

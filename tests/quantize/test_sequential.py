@@ -7,10 +7,10 @@ from torch import nn
 
 from anyrank.errors import DataError
 from anyrank.kernels import AffineFormat
-from anyrank.quant.gptq import gptq
 from anyrank.quant.hf import quantized_linears
-from anyrank.quant.minmax import minmax
-from anyrank.quant.sequential import _Hessians, decoder_layers, gptq_layers
+from anyrank.quantize.gptq import gptq
+from anyrank.quantize.minmax import minmax
+from anyrank.quantize.sequential import _Hessians, decoder_layers, gptq_layers
 
 FORM = AffineFormat(4, (1, 16))
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import ConfigError, LayerError, RunError, nearest
 from ..kernels import AffineFormat
-from .affine import check_format
-from .hf import quantized_linears
+from ..quant.affine import check_format
+from ..quant.hf import quantized_linears
 from .shards import Specs, affine_specs, shard_names, split
 from .source import Checkpoint, LoadedModel, Source, load, skeleton
 from .takeover import Foreign

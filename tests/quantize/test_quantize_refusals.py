@@ -12,8 +12,8 @@ from tiny import IDS, llama
 
 from anyrank.errors import ConfigError, DataError, GeometryError, LayerError, RunError
 from anyrank.quant.checkpoint import QuantizedModel
-from anyrank.quant.plan import Request
-from anyrank.quant.quantize import quantize_model
+from anyrank.quantize.model import quantize_model
+from anyrank.quantize.plan import Request
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path):
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_between_two_tensors_leaves_nothing(base, tmp_path,
         written.append(path.name)
         return open(path, mode) if len(written) < 20 else Full()
 
-    monkeypatch.setattr("anyrank.quant.shards.open", some, raising=False)
+    monkeypatch.setattr("anyrank.quantize.shards.open", some, raising=False)
     with pytest.raises(RunError) as caught:
         quantize_model(base, tmp_path / "out", tile=(1, 16))
     assert str(caught.value) == (

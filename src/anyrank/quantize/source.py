@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, RunError
 from ..files import read_json
-from .checkpoint import CONFIG, INDEX, WEIGHTS
+from ..quant.checkpoint import CONFIG, INDEX, WEIGHTS
 from .shards import TYPES, Spec, Specs
 
 # What belongs to a model besides its weights and config.json. No .bin: it may hold a pickle.

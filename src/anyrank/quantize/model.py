@@ -20,9 +20,9 @@ from torch import Tensor
 from ..errors import ConfigError, RunError
 from ..files import new_folder, read_json, refuse_filled, require_disk, write_json, write_text
 from ..kernels import Affine, AffineFormat
-from .checkpoint import CONFIG, METHOD, OFFSETS, format_fields, write_index
+from ..quant.checkpoint import CONFIG, METHOD, OFFSETS, format_fields, write_index
+from ..quant.hf import AffineConfig
 from .half_quadratic import half_quadratic
-from .hf import AffineConfig
 from .minmax import minmax
 from .plan import Plan, Request, plan_float, plan_takeover
 from .sequential import gptq_layers
@@ -35,7 +35,7 @@ CHUNK = 2**18  # weights that are quantized at once: 1 MB, so that temporaries s
 
 Progress = Callable[[int, int, str], None]
 Quantizer = Callable[[Tensor, AffineFormat], Affine]
-_STREAMED: dict[str, Quantizer] = {"minmax": minmax, "half_quadratic": half_quadratic}
+STREAMED: dict[str, Quantizer] = {"minmax": minmax, "half_quadratic": half_quadratic}
 
 
 def quantize_model(
@@ -167,7 +167,7 @@ def _results(plan: Plan, calibration: Sequence[Tensor]) -> Iterator[Result]:
     else:
         for name in plan.layers:
             weight = plan.source.read(f"{name}.weight")
-            yield name, in_chunks(_STREAMED[plan.quantizer], weight, plan.form), weight
+            yield name, in_chunks(STREAMED[plan.quantizer], weight, plan.form), weight
 
 
 def _taken_over(plan: Plan) -> Iterator[Result]:
