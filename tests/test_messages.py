@@ -209,13 +209,13 @@ def test_nf4_without_bitsandbytes(refusal, monkeypatch):
         ("sweep", [], "the following arguments are required: RUN; see anyrank sweep --help"),
         (
             "export",
-            ["TMP", "TMP/out"],
+            ["TMP/adapter", "TMP/out"],
             "name one rank with --rank 8, or several with --ranks 4,8,16",
         ),
         (
             "export",
             ["TMP", "TMP/out", "--rank", "1"],
-            "TMP: holds no adapter (adapter_config.json is missing)",
+            "TMP: holds no adapter and no model; name a run, or a folded model",
         ),
         (
             "export",
@@ -241,12 +241,92 @@ def test_nf4_without_bitsandbytes(refusal, monkeypatch):
         ),
         (
             "export",
-            ["TMP", "TMP/out", "--rank", "1", "--to", "lore"],
-            "--to lore is unknown; did you mean lora?",
+            ["TMP/adapter", "TMP/out", "--rank", "1", "--to", "lore"],
+            "--to lore is unknown for an adapter; did you mean lora?",
+        ),
+        (
+            "export",
+            ["TMP/adapter", "TMP/out", "--rank", "1", "--variant", "rank8"],
+            "--variant is for a model alone; leave it out",
+        ),
+        (
+            "export",
+            ["TMP/model", "TMP/out"],
+            "name a format with --to: gguf, mlx, hqq, torchao",
+        ),
+        (
+            "export",
+            ["TMP/model", "TMP/out", "--to", "gptq"],
+            "--to gptq is unknown for a quantized model; known: gguf, hqq, mlx, torchao",
+        ),
+        (
+            "export",
+            ["TMP/model", "TMP/out", "--to", "mlx", "--embeddings", "Q8_0"],
+            "--embeddings is for a model as GGUF alone; leave it out",
+        ),
+        (
+            "export",
+            ["TMP/model", "TMP/out", "--to", "gguf", "--rank", "8"],
+            "--rank is for adapters, but TMP/model holds a model; fold the ranks you need, and "
+            "choose one of them with --variant",
+        ),
+        (
+            "export",
+            ["TMP/model", "TMP/out", "--to", "mlx"],
+            "TMP/model: its weights are not quantized; make a block-quantized model with anyrank "
+            "quantize",
+        ),
+        ("fold", ["TMP"], "the following arguments are required: OUT; see anyrank fold --help"),
+        (
+            "fold",
+            ["TMP", "TMP/out", "--rank", "1", "--ranks", "2,4"],
+            "name one rank with --rank 8, or several with --ranks 4,8,16",
+        ),
+        (
+            "fold",
+            ["TMP", "TMP/out", "--rank", "1,2"],
+            "--rank 1,2: several ranks go into --ranks",
+        ),
+        ("fold", ["TMP", "TMP/out"], "TMP: holds no adapter (adapter_config.json is missing)"),
+        (
+            "fold",
+            ["TMP", "TMP/model"],
+            "TMP/model exists already; name another folder, or remove it first",
+        ),
+        (
+            "quantize",
+            ["TMP/model", "TMP/out", "--tile", "8"],
+            "argument --tile: '8' must be outputs x inputs, such as 8x4; see anyrank quantize "
+            "--help",
+        ),
+        (
+            "quantize",
+            ["TMP/model", "TMP/out", "--tile", "8x4", "--group_size", "32"],
+            "--group_size and --tile both say what shares a scale; name one of them",
+        ),
+        (
+            "quantize",
+            ["TMP/model", "TMP/out", "--quantizer", "gptq"],
+            "--quantizer gptq needs rows to calibrate on; name some with --dataset",
+        ),
+        (
+            "quantize",
+            ["TMP/model", "TMP/out", "--dataset", "rows.jsonl"],
+            "--dataset is for --quantizer gptq alone; leave one of them out",
+        ),
+        ("quantize", ["TMP/model", "TMP/out", "--bits", "9"], "bits=9 must lie in 2..8"),
+        (
+            "quantize",
+            ["TMP/model", "TMP/out", "--group_size", "48"],
+            "model.layers.0.self_attn.q_proj: groups of 48 columns must divide d_in=64; choose "
+            "another --group_size or --tile, or keep the layer in its precision with --keep q_proj",
         ),
     ],
 )  # fmt: skip
-def test_the_other_verbs(refusal, tmp_path, verb, words, text):
+def test_the_other_verbs(refusal, base_folder, tmp_path, verb, words, text):
+    shutil.copytree(base_folder, tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     words = [word.replace("TMP", str(tmp_path)) for word in words]
     assert refusal(None, *words, verb=verb) == text
 
