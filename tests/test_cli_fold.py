@@ -150,3 +150,17 @@ def test_the_base_may_have_moved(nested_run, quantized_base, tmp_path, capsys):
     )
     words = ["fold", str(adapter), str(tmp_path / "out"), "--rank", "1", "--base", str(moved)]
     assert run(words) == 0
+
+
+def test_another_base_in_the_place_of_the_one_trained_on_is_refused(
+    nested_run, base_folder, tmp_path, capsys
+):
+    words = ["quantize", base_folder, tmp_path / "other", "--group_size", "16", "--quantizer"]
+    assert run([*map(str, words), "minmax"]) == 0
+    words = ["fold", nested_run, tmp_path / "out", "--rank", "1", "--base", tmp_path / "other"]
+    assert run([str(word) for word in words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"anyrank: {tmp_path}/other: is not the base that {nested_run} was trained on (its scales "
+        "or offsets differ); name that one with --base, or train again on this one"
+    )
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ folder that `save_pretrained` wrote, with everything in model.safetensors, is re
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,6 +134,16 @@ class QuantizedModel:
             self.tensor(f"{layer}.{part}") for part in ("codes", "scales", "offsets")
         )
         return Affine(codes, scales, offsets, self.form)
+
+    def fingerprint(self) -> str:
+        """A digest of all scales and offsets: whether two folders hold one base."""
+        digest = hashlib.sha256()
+        for layer in sorted(self.layers):
+            for part in ("scales", "offsets"):
+                name = f"{layer}.{part}"
+                digest.update(name.encode())
+                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def weights(self) -> Iterator[tuple[str, Affine]]:
         """Every quantized layer with its weight, one in memory at a time."""

@@ -19,7 +19,7 @@ from ..files import read_json, refuse_filled
 from ..quant.checkpoint import QuantizedModel
 from ..training.arguments import ModelArguments
 from ..training.base import load_base
-from ..training.run import Run
+from ..training.run import RESULT, Run
 from .divergence import adapter_name, divergence
 from .evaluate import Rows
 from .sweep_run import SweepOptions, token_rows, training_rows
@@ -60,6 +60,7 @@ def fold_run(
     paths = [folders] if isinstance(folders, str | Path) else folders
     adapters = [SavedAdapter.read(folder) for folder in paths]
     model = QuantizedModel.open(base_folder(adapters, base))
+    _check_base(model, adapters)
     if ranks is None and len(adapters) == 1:
         ranks = chosen_ranks(adapters[0])
     tables = plan_tables(adapters, ranks)
@@ -104,6 +105,19 @@ def base_folder(adapters: Sequence[SavedAdapter], asked: str | Path | None) -> P
     if not folder.is_dir():
         raise RunError(f"{folder}: the base is not there; name its folder with --base")
     return folder
+
+
+def _check_base(base: QuantizedModel, adapters: Sequence[SavedAdapter]) -> None:
+    """Raise unless the base is the one that every run was trained on, as far as runs know it."""
+    paths = [adapter.folder / RESULT for adapter in adapters]
+    known = {path: read_json(path).get("base_fingerprint") for path in paths if path.is_file()}
+    found = base.fingerprint() if any(known.values()) else None
+    for path, wanted in known.items():
+        if wanted not in (None, found):
+            raise RunError(
+                f"{base.folder}: is not the base that {path.parent} was trained on (its scales or "
+                "offsets differ); name that one with --base, or train again on this one"
+            )
 
 
 def chosen_ranks(adapter: SavedAdapter) -> list[int] | None:

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..files import finite, new_files, require_disk, write_json, write_text
 from ..tuner import AnyRankConfig
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
-from .base import load_base, load_tokenizer, wants_4bit
+from .base import base_fingerprint, load_base, load_tokenizer, wants_4bit
 from .callback import check_micro_batches
 from .card import model_card
 from .data import load_rows, split_rows
@@ -64,7 +64,8 @@ def train(
         _require_room(trainer, folder)
         claim(folder, options)
     try:
-        return _fit(trainer, folder, options, tokenizer, checkpoint)
+        fingerprint = base_fingerprint(model) if main_process else None
+        return _fit(trainer, folder, options, tokenizer, checkpoint, fingerprint)
     except BaseException:
         if main_process:
             unclaim(folder)
@@ -204,6 +205,7 @@ def _fit(
     options: dict[str, Any],
     tokenizer: Any,
     checkpoint: Path | None,
+    fingerprint: str | None,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -216,6 +218,8 @@ def _fit(
     }
     if trainer.eval_dataset is not None:
         result["eval_loss"] = round(trainer.evaluate()["eval_loss"], 6)
+    if fingerprint is not None:
+        result["base_fingerprint"] = fingerprint
     result["versions"] = _versions()
     if trainer.is_world_process_zero():
         model: Any = trainer.model
