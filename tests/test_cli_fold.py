@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,8 @@ def test_train_fold_and_load_as_commands(nested_run, quantized_base, tmp_path):
         "0; KL 0.0e+00 nats per token",
         "rank4: run rank 4; codes and scales identical, largest difference to the trained weight "
         "0; KL 0.0e+00 nats per token",
-        "Load: AutoModelForCausalLM.from_pretrained('out', variant='rank1')",
-        "Next: anyrank export out --to gguf OUT.gguf",
+        "Load: AutoModelForCausalLM.from_pretrained('out', variant='rank4')",
+        "Next: anyrank export out OUT --to hqq --variant rank4",
     ]
     out = tmp_path / "out"
     base = AutoModelForCausalLM.from_pretrained(quantized_base)
@@ -137,8 +138,6 @@ def test_an_interrupted_run_on_codes_resumes_bit_for_bit(quantized_base, rows_fi
 
 
 def test_the_base_may_have_moved(nested_run, quantized_base, tmp_path, capsys):
-    import shutil
-
     moved, adapter = tmp_path / "moved", tmp_path / "adapter"
     shutil.copytree(quantized_base, moved)
     shutil.copytree(nested_run, adapter)
@@ -160,7 +159,41 @@ def test_another_base_in_the_place_of_the_one_trained_on_is_refused(
     words = ["fold", nested_run, tmp_path / "out", "--rank", "1", "--base", tmp_path / "other"]
     assert run([str(word) for word in words]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"anyrank: {tmp_path}/other: is not the base that {nested_run} was trained on (its scales "
-        "or offsets differ); name that one with --base, or train again on this one"
+        f"anyrank: {tmp_path}/other: is not the base that {nested_run} was trained on "
+        "(codes, scales or offsets differ); name that one with --base, or train on this one"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resume_on_another_base_is_refused(
+    quantized_base, base_folder, rows_file, tmp_path, capsys
+):
+    base = tmp_path / "base"
+    shutil.copytree(quantized_base, base)
+    words = train(base, rows_file, tmp_path / "run", "--method", "qalora", "--pool", "16")
+    assert run([*words, "--save_steps", "3"]) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(base)
+    words = ["quantize", base_folder, base, "--group_size", "16", "--quantizer", "minmax"]
+    assert run([str(word) for word in words]) == 0
+    config = str(tmp_path / "run" / "config.yaml")
+    assert run(["train", "--config", config, "--resume_from_checkpoint", "true"]) == 2
+    assert "was trained on another quantized base" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_several_runs_fold_at_the_rank_that_each_sweep_chose(nested_run, tmp_path, capsys):
+    runs = []
+    for name, rank in (("first run", "1"), ("second", "2")):
+        runs.append(tmp_path / name)
+        shutil.copytree(nested_run, runs[-1])
+        assert run(["sweep", str(runs[-1]), "--ranks", rank]) == 0
+    words = ["fold", *runs, "--limit", "0", tmp_path / "out"]
+    assert run([str(word) for word in words]) == 0
+    tables = json.loads((tmp_path / "out" / "fold.json").read_text())["tables"]
+    assert {name: table["rank"] for name, table in tables.items()} == {"first run": 1, "second": 2}
+    assert run(["export", str(tmp_path / "out"), str(tmp_path / "hqq"), "--to", "hqq"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"anyrank: {tmp_path}/out: holds several tables; name one with --variant: first run, second"
+    )
+    words = ["export", str(tmp_path / "out"), str(tmp_path / "hqq"), "--to", "hqq"]
+    assert run([*words, "--variant", "second"]) == 0

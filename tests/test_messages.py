@@ -257,7 +257,7 @@ def test_nf4_without_bitsandbytes(refusal, monkeypatch):
         (
             "export",
             ["TMP/model", "TMP/out", "--to", "gptq"],
-            "--to gptq is unknown for a quantized model; known: gguf, hqq, mlx, torchao",
+            "--to gptq is unknown for a model; known: gguf, hqq, mlx, torchao",
         ),
         (
             "export",

@@ -64,7 +64,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     refuse_filled(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    beside.chmod(0o755)
+    beside.chmod(0o777 & ~_umask())
     try:
         with disk_full_named(path):
             yield beside
@@ -129,15 +129,28 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 
 def refuse_filled(path: Path) -> None:
-    """Raise unless `path` is free: absent, or an empty folder."""
+    """Raise unless `path` is free: absent, or an empty folder, in a place to write to."""
+    _refuse_place(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists already; name another folder, or remove it first")
 
 
 def refuse_file(path: Path) -> None:
-    """Raise unless `path` is free for a file."""
+    """Raise unless `path` is free for a file, in a place to write to."""
+    _refuse_place(path)
     if path.exists():
         raise RunError(f"{path} exists already; name another file, or remove it first")
+
+
+def _refuse_place(path: Path) -> None:
+    """Raise unless files can be made beside `path`."""
+    if path.is_symlink():
+        raise RunError(f"{path}: is a symbolic link; name what it points to, or another place")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise RunError(f"{path}: {above} is a file; name a place inside of a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunError(f"{path}: {above} cannot be written to; name a place that can")
 
 
 def require_disk(folder: Path, needed: int, what: str) -> None:
@@ -161,7 +174,14 @@ def _sync(folder: Path) -> None:
             _sync_file(item)
 
 
+def _umask() -> int:
+    """What the user takes from the rights of new files; asking means setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def _sync_file(path: Path) -> None:
-    path.chmod(0o644)  # safetensors and mkstemp make files that only their owner may read
+    path.chmod(0o666 & ~_umask())  # safetensors and mkstemp let only their owner read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

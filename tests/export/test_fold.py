@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from anyrank.errors import ConfigError, MergeError, RankError, RunError
 from anyrank.export.adapter import SavedAdapter
 from anyrank.export.fold import fold
+from anyrank.export.fold_report import Sums
 from anyrank.export.table import plan_tables
 from anyrank.quant.checkpoint import QuantizedModel, variants
 
@@ -40,7 +44,8 @@ def trained(folder: Path, method="qalora", bits=4, tile=(1, 16), shard=None, **o
 
 def folded(folder: Path, ranks=None, adapters=("adapter",), out="out"):
     base = QuantizedModel.open(folder / "base")
-    tables = plan_tables([SavedAdapter.read(folder / name) for name in adapters], ranks)
+    found = [SavedAdapter.read(folder / name) for name in adapters]
+    tables = plan_tables([(a, ranks or ([a.config.rows] if a.config.rows else [])) for a in found])
     return fold(base, tables, folder / out)
 
 
@@ -95,7 +100,9 @@ def test_the_files_hold_the_codes_once_and_a_table_per_rank(tmp_path):
     assert all(name.endswith(".offsets") for name in load_file(out / "offsets.rank1.safetensors"))
     for shard in shards:
         assert not [name for name in load_file(out / shard) if name.endswith(".offsets")]
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
     one, four = (QuantizedModel.open(out, name) for name in ("rank1", "rank4"))
     assert {n for n in one.files if one.files[n] != four.files[n]} == {
         f"{layer}.offsets" for layer in one.layers
@@ -176,6 +183,61 @@ def test_a_diverged_adapter_is_refused(tmp_path):
     with pytest.raises(MergeError, match="at rank 4 holds NaN or infinity; its run diverged"):
         folded(tmp_path, [4])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_update_beyond_the_storage_precision_is_refused(tmp_path):
+    trained(tmp_path, nested=True)
+    corrupt(tmp_path, "anyrank_B", 3e7)
+    with pytest.raises(MergeError) as caught:
+        folded(tmp_path, [4])
+    assert str(caught.value) == (
+        f"model.layers.0.mlp.down_proj: {tmp_path}/adapter at rank 4 exceeds what float16 holds; "
+        "quantize the base with --storage_dtype float32 and train on it"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_is_not_a_number_is_not_a_zero():
+    broken = Sums(identical=False, largest=float("nan"), update=1.0, count=1)
+    whole = Sums(update=1.0, count=1)
+    assert not (whole + broken).identical
+    assert math.isnan((whole + broken).largest)
+    assert math.isnan((broken + whole).largest)
+
+
+@pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter.*:UserWarning")
+def test_a_tied_embedding_that_was_trained_in_full_is_refused(tmp_path):
+    base = quantized(llama(tie_word_embeddings=True), 4, (1, 16))
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError, match=r"^model.embed_tokens: not foldable: it is tied to lm_"):
+        adapted(base, "qalora", modules_to_save=["embed_tokens"], foldable=True)
+    model = adapted(base, "qalora", modules_to_save=["embed_tokens"])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MergeError) as caught:
+        folded(tmp_path)
+    assert str(caught.value) == (
+        "model.embed_tokens.weight: was trained in full, but input and output embeddings are tied "
+        f"in {tmp_path}/base; the fold would change both; train without it in "
+        "--lora_modules_to_save"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"bits": "4"}, "bits='4', tile=[1, 16], storage_dtype='float16' must be"),
+        ({"storage_dtype": "nn"}, "bits=4, tile=[1, 16], storage_dtype='nn' must be"),
+        ({"bits": 3}, "down_proj.scales is (64, 6), but its codes need (64, 8)"),
+    ],
+)
+def test_a_base_whose_parts_do_not_belong_together_is_refused(change, text, tmp_path):
+    trained(tmp_path, nested=True)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(RunError, match=re.escape(text)):
+        folded(tmp_path, [4])
 
 
 def test_the_wrong_base_is_refused(tmp_path):

@@ -20,22 +20,22 @@ gguf = pytest.importorskip("gguf")
 
 
 @pytest.mark.parametrize(
-    ("bits", "tile", "kind"),
+    ("bits", "tile", "kind", "others"),
     [
-        (8, (1, 32), "8-bit codes in groups of 32"),
-        (4, (1, 16), "4-bit codes in groups of 16"),
-        (4, (8, 4), "4-bit codes in tiles of 8x4"),
+        (8, (1, 32), "8 bits in groups of 32", "--to mlx or --to hqq or --to torchao"),
+        (4, (1, 16), "4 bits in groups of 16", "--to hqq or --to torchao"),
+        (4, (8, 4), "4 bits in tiles of 8x4", "--to torchao"),
     ],
 )
-def test_a_format_without_a_block_is_refused(bits, tile, kind, tmp_path):
+def test_a_format_without_a_block_is_refused(bits, tile, kind, others, tmp_path):
     saved = tmp_path / "model"
     save(saved, model("llama", num_hidden_layers=1), form=AffineFormat(bits, tile))
     with pytest.raises(ConfigError) as error:
         export_gguf(saved, tmp_path / "out")
     assert str(error.value) == (
         f"{saved}: {kind} fit into no GGUF block as they are (Q4_1 holds 2, 3 and 4 bits, Q5_1 "
-        "5 bits, in groups of 32, 64 or 128); try --to mlx or --to hqq, or quantize again with "
-        "--bits 4 --group_size 32"
+        f"5 bits, in groups of 32, 64 or 128); try {others}, or quantize again with --bits 4 "
+        "--group_size 32"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import IDS, adapted, config, fill, layers, llama
+from tiny import IDS, adapted, config, fill, layers, llama, quantized
 
 import anyrank
 from anyrank.errors import GeometryError, LayerError
@@ -90,15 +92,25 @@ def test_disabling_the_adapter_gives_the_base():
         assert torch.equal(model(IDS).logits, llama()(IDS).logits)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        (llama, "qdylora"),
+        (lambda: quantized(llama(), 4, (1, 16)), "qalora"),
+        (lambda: quantized(llama(), 4, (8, 4)), "qahira"),
+    ],
+)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(base, method, reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = adapted(llama())
+        model = adapted(base(), method)
         model.train()
         if checkpointing:
             model.enable_input_require_grads()
-            model.base_model.model.gradient_checkpointing_enable()
-        with model.set_rank(3):
+            options = {"use_reentrant": reentrant}
+            model.base_model.model.gradient_checkpointing_enable(options)
+        with model.set_rank(3) if method != "qahira" else nullcontext():
             model(IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):

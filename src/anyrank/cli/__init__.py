@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -36,7 +37,14 @@ def main() -> NoReturn:
         argv.remove("--keep_malloc")
     elif argv and argv[0] in ("train", "sweep", "demo"):
         allocator.keep_buffers(argv)
+    for name in ("SIGTERM", "SIGHUP"):  # what schedulers send: end as Ctrl-C does, and clean up
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     sys.exit(run(argv))
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> None:
     add("--dataset", help="rows to compare on (default: validation or training rows of the run)")
     add("--limit", type=int, default=8, metavar="N", help="compare on N rows (8); 0: do not")
     add("--trust_remote_code", action="store_true", help="run code that the model brings along")
-    chosen = parser.parse_args(argv)
+    chosen = parser.parse_intermixed_args(argv)
     from ..schedule import rank_list
 
     if chosen.rank is not None and chosen.ranks is not None:
@@ -45,9 +46,16 @@ def main(argv: list[str]) -> None:
     )
     for variant, table in found["tables"].items():
         print(_line(variant, table))
-    variant = "" if len(found["tables"]) == 1 else f", variant={next(iter(found['tables']))!r}"
+    from ..export.folder import formats_for
+    from ..quant.checkpoint import QuantizedModel
+
+    names = list(found["tables"])
+    variant = "" if len(names) == 1 else f", variant={names[-1]!r}"
     print(f"Load: AutoModelForCausalLM.from_pretrained({str(chosen.out)!r}{variant})")
-    print(f"Next: anyrank export {chosen.out} --to gguf OUT.gguf")
+    form = formats_for(QuantizedModel.open(chosen.out).form)[0]
+    words = ["anyrank", "export", str(chosen.out), "OUT.gguf" if form == "gguf" else "OUT"]
+    words += ["--to", form, *(["--variant", names[-1]] if len(names) > 1 else [])]
+    print(f"Next: {shlex.join(words)}")
 
 
 def _line(variant: str, table: dict[str, Any]) -> str:

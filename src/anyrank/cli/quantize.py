@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _arguments() -> argparse.ArgumentParser:
     )
     add("--storage_dtype", choices=("float16", "bfloat16", "float32"),
         help="precision of scales and offsets (float16; exact for GPTQ and AWQ)")  # fmt: skip
-    add("--keep", nargs="+", default=(), metavar="NAME", help="linear layers that stay as they are")
+    add("--keep", type=lambda text: text.split(","), default=(), metavar="A,B",
+        help="linear layers that stay as they are, such as down_proj,layers.0")  # fmt: skip
     add("--dataset", help="rows to calibrate gptq on")
     add("--prompt_column", help="column of the prompt, if it has another name")
     add("--completion_column", help="column of the completion, likewise")
@@ -115,19 +117,20 @@ class _Bar:
 
 def _tell(out: Path) -> None:
     from ..files import read_json
+    from ..kernels import tile_name
 
     report = read_json(out / "quantize.json")
     rows, columns = report["tile"]
-    shared = f"groups of {columns}" if rows == 1 else f"tiles of {rows}x{columns}"
     how = "codes taken over" if report["taken_over"] else report["quantizer"]
     weights = report["weights_quantized"]
     share = weights / (weights + report["weights_kept"])
     print(
-        f"{report['bits']} bits in {shared} ({how}): {report['bits_per_weight']:.2f} bits per "
-        f"weight for {weights:,} weights, {share:.0%} of the model; relative error "
-        f"{report['relative_error']:.3g}; {report['seconds']:.0f} s"
+        f"{report['bits']} bits in {tile_name((rows, columns))} ({how}): "
+        f"{report['bits_per_weight']:.2f} bits per weight for {weights:,} weights, {share:.0%} of "
+        f"the model; relative error {report['relative_error']:.3g}; {report['seconds']:.0f} s"
     )
+    method = "qalora" if rows == 1 else f"qahira --repeat {rows}"
     print(
-        f"Next: anyrank train --model_name_or_path {out} --method qalora --pool {columns} "
-        "--foldable true --dataset ..."
+        f"Next: anyrank train --model_name_or_path {shlex.quote(str(out))} --method {method} "
+        f"--pool {columns} --foldable true --dataset ..."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -71,11 +72,13 @@ def main(argv: list[str]) -> None:
         print("Note: this run trained its largest rank alone; its prefixes never learned to stand.")
     if found["chosen_rank"] is None and found["ranks"][0]["rank"]:
         print("No rank has a finite loss: the run diverged; train with a lower --learning_rate.")
-    elif found["chosen_rank"]:
-        rank = found["chosen_rank"]
+        return
+    where, rank = shlex.quote(str(run_folder)), found["chosen_rank"]
+    if rank:
         print(
             f"Chosen: rank {rank}, the smallest within {found['tolerance']:g} nats per token of "
-            f"the best.\nNext: anyrank export {run_folder} --rank {rank} --to lora OUT"
+            f"the best.\nNext: anyrank export {where} --rank {rank} --to lora OUT"
         )
-        if run.config.get("foldable"):
-            print(f"  or: anyrank fold {run_folder} OUT --rank {rank}")
+    if run.config.get("foldable"):
+        at = f" --rank {rank}" if rank else ""
+        print(f"{'  or' if rank else 'Next'}: anyrank fold {where} OUT{at}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from .. import allocator
 
 TRAIN_HELP = """\
@@ -53,4 +55,4 @@ def main(argv: list[str]) -> None:
     if allocator.keeps_buffers():
         print("glibc was told to keep freed buffers for reuse; --keep_malloc leaves it as it is.")
     print(f"Trained {result['steps']} steps in {result['seconds']:.0f} s; the run is in {folder}.")
-    print(f"Next: anyrank sweep {folder}")
+    print(f"Next: anyrank sweep {shlex.quote(str(folder))}")

@@ -21,12 +21,19 @@ from ..errors import MergeError, RunError
 from ..files import new_folder, require_disk, write_json
 from ..kernels import fold_offsets
 from ..quant.affine import tile_obstacle
-from ..quant.checkpoint import OFFSETS, QuantizedModel, with_variant, write_index
+from ..quant.checkpoint import (
+    COMPANIONS,
+    CONFIG,
+    OFFSETS,
+    QuantizedModel,
+    copy_companions,
+    with_variant,
+    write_index,
+)
 from .fold_report import report, same_codes
 from .table import Table
 
 REPORT = "fold.json"
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 Check = Callable[[Path, Sequence[Table]], dict[str | None, float | None]]
 
 
@@ -49,6 +56,7 @@ def fold(
         MergeError: a layer cannot take the update; nothing is written then.
         RunError: `out` exists, the disk is full, or what was read back is not what was written.
     """
+    base.check_layers()
     for table in tables:
         _check_table(base, table)
     moved = _moved(base, tables)
@@ -64,7 +72,7 @@ def fold(
         for table in tables:
             found[str(table.variant or "default")]["kl"] = divergence.get(table.variant)
         result = {"base": str(base.folder), "codes_identical": identical, "tables": found}
-        if not identical or any(entry["largest_difference"] for entry in found.values()):
+        if not identical or not all(entry["offsets_identical"] for entry in found.values()):
             raise RunError(f"{out}: what was read back differs from what was folded; try again")
         write_json(beside / REPORT, result)
     return result
@@ -94,11 +102,31 @@ def _check_table(base: QuantizedModel, table: Table) -> None:
             )
         if not all(bool(torch.isfinite(part).all()) for part in update.core):
             raise MergeError(f"{layer}: {table.name} holds NaN or infinity; its run diverged")
-    for name in table.adapter.full_tensors:
+        offsets = fold_offsets(base.tensor(f"{layer}.offsets"), update, base.form.tile)
+        if not torch.isfinite(offsets).all():
+            stored = str(base.form.dtype).removeprefix("torch.")
+            raise MergeError(
+                f"{layer}: {table.name} exceeds what {stored} holds; quantize the base with "
+                "--storage_dtype float32 and train on it"
+            )
+    _check_full_tensors(base, table)
+
+
+def _check_full_tensors(base: QuantizedModel, table: Table) -> None:
+    """Raise unless every module that was trained in full has a place of its own in the base."""
+    tied = base.config.get("tie_word_embeddings", False)
+    words = base.config.get("vocab_size")
+    for name, tensor in table.adapter.full_tensors.items():
+        if tied and tensor.shape[0] == words:
+            raise MergeError(
+                f"{name}: was trained in full, but input and output embeddings are tied in "
+                f"{base.folder}; the fold would change both; train without it in "
+                "--lora_modules_to_save"
+            )
         if name not in base.files:
             raise MergeError(
-                f"{name}: was trained in full, but {base.folder} holds no such tensor (tied to "
-                "another one?); train without it in --lora_modules_to_save"
+                f"{name}: was trained in full, but {base.folder} holds no such tensor; train "
+                "without it in --lora_modules_to_save"
             )
 
 
@@ -115,21 +143,19 @@ def _moved(base: QuantizedModel, tables: Sequence[Table]) -> list[str]:
 
 
 def _size(base: QuantizedModel, tables: Sequence[Table], moved: Sequence[str]) -> int:
-    """Bytes of the files to write, and a little for the tokenizer."""
+    """Bytes of the files to write."""
     shards = {base.folder / file for file in base.files.values()}
     table = sum(base.tensor(name).nbytes for name in moved)
-    return sum(path.stat().st_size for path in shards) + len(tables) * 2 * table + 50_000_000
+    codes = sum(path.stat().st_size for path in shards) - table
+    others = [path for path in base.folder.iterdir() if path.is_file() and path not in shards]
+    return codes + len(tables) * table + sum(path.stat().st_size for path in others)
 
 
 def _copy_others(base: QuantizedModel, run: Path, beside: Path) -> None:
-    """Everything but weights: the configuration, and the tokenizer that the run trained with."""
-    for path in base.folder.iterdir():
-        weights = path.suffix == ".safetensors" or ".safetensors.index." in path.name
-        if path.is_file() and not weights and path.name not in (REPORT, "README.md"):
-            shutil.copyfile(path, beside / path.name)
-    for name in _TOKENIZER:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, beside / name)
+    """The configuration, the tokenizer that the run trained with, and what else the base has."""
+    shutil.copyfile(base.folder / CONFIG, beside / CONFIG)
+    copy_companions(run, beside)
+    copy_companions(base.folder, beside, (*COMPANIONS, "*.py"))
 
 
 def _write_codes(base: QuantizedModel, beside: Path, moved: Sequence[str]) -> dict[str, str]:

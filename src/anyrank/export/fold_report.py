@@ -44,6 +44,7 @@ def report(base: QuantizedModel, table: Table, beside: Path) -> dict[str, Any]:
 class Sums:
     """Sums of squares over the offsets of one layer or more."""
 
+    identical: bool = True
     largest: float = 0.0
     difference: float = 0.0
     rounding: float = 0.0
@@ -52,16 +53,20 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
-            max(self.largest, other.largest),
+            self.identical and other.identical,
+            math.nan
+            if math.isnan(self.largest + other.largest)
+            else max(self.largest, other.largest),
             self.difference + other.difference,
             self.rounding + other.rounding,
             self.update + other.update,
             self.count + other.count,
         )
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | bool]:
         """The figures of fold.json."""
         return {
+            "offsets_identical": self.identical,
             "largest_difference": self.largest,
             "rms_difference": math.sqrt(self.difference / max(self.count, 1)),
             "rms_update": math.sqrt(self.update / max(self.count, 1)),
@@ -77,17 +82,17 @@ def _differences(
 
     for layer, update in table.adapter.updates(table.rank):
         before = base.tensor(f"{layer}.offsets")
-        got = written.tensor(f"{layer}.offsets").double()
-        trained = fold_offsets(before, update, base.form.tile).double()
+        stored = written.tensor(f"{layer}.offsets")
+        folded = fold_offsets(before, update, base.form.tile)
+        got, trained = stored.double(), folded.double()
         core = tuple(part.double() for part in update.core)
         exact = update._replace(core=core).on_tiles(*base.form.tile)
-        yield (
-            layer,
-            Sums(
-                (got - trained).abs().max().item(),
-                square(got - trained),
-                square(got - before.double() - exact),
-                square(exact),
-                got.numel(),
-            ),
+        sums = Sums(
+            identical=torch.equal(stored, folded),
+            largest=float((got - trained).abs().max()),
+            difference=square(got - trained),
+            rounding=square(got - before.double() - exact),
+            update=square(exact),
+            count=got.numel(),
         )
+        yield layer, sums

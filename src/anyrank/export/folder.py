@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,28 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import MissingPackageError, RunError
+from ..errors import MissingPackageError
 from ..files import new_folder, refuse_filled, require_disk, write_json
 from ..kernels import Affine, AffineFormat, unpack
-from ..quant.checkpoint import QuantizedModel
+from ..quant.checkpoint import QuantizedModel, copy_companions
 
 SHARD_BYTES = 1_000_000_000
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -75,46 +61,20 @@ def plan(folder: str | Path, variant: str | None) -> Plan:
         RunError: the folder holds no quantized model, or a layer of it is broken.
     """
     model = QuantizedModel.open(folder, variant)
-    shapes = dict(_shapes(model))
-    if not model.layers:
-        raise RunError(f"{model.folder}: holds no quantized layer; run anyrank quantize again")
-    layers = {}
-    for layer in model.layers:
-        d_out, packed = shapes[f"{layer}.codes"]
-        d_in = packed * 8 // model.form.bits
-        layers[layer] = d_out, d_in
-        for part in ("scales", "offsets"):
-            found, needed = shapes.get(f"{layer}.{part}"), model.form.tiles(d_out, d_in)
-            if found != needed:
-                raise RunError(
-                    f"{model.folder}: {layer}.{part} is {found or 'missing'}, but its codes need "
-                    f"{needed}; quantize or fold the model again"
-                )
+    layers, shapes = model.check_layers(), model.shapes()
     return Plan(model, layers, {name: shapes[name] for name in model.others})
 
 
-def _shapes(model: QuantizedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in sorted(set(model.files.values())):
-        try:
-            with safe_open(str(model.folder / file), "pt") as tensors:
-                there = set(tensors.keys())
-                for name in (name for name, at in model.files.items() if at == file):
-                    if name not in there:
-                        raise RunError(
-                            f"{model.folder / file}: {name} is missing; "
-                            "quantize or fold the model again"
-                        )
-                    yield name, tuple(tensors.get_slice(name).get_shape())
-        except (FileNotFoundError, SafetensorError) as error:
-            raise RunError(f"{model.folder / file}: cannot be read ({error})") from error
-
-
-def form_name(form: AffineFormat) -> str:
-    """A format in words: '4 bits in groups of 32', '4 bits in tiles of 8x4'."""
-    rows, columns = form.tile
-    return f"{form.bits} bits in " + (
-        f"groups of {columns}" if rows == 1 else f"tiles of {rows}x{columns}"
-    )
+def formats_for(form: AffineFormat) -> list[str]:
+    """The formats that hold weights of this form as they are, the most read first."""
+    whole = form.tile[1] % 32 == 0
+    known = {
+        "gguf": whole and form.bits <= 5,
+        "mlx": whole and form.bits != 7,
+        "hqq": form.tile[1] % 8 == 0 and form.bits != 7,
+        "torchao": True,
+    }
+    return [name for name, fits in known.items() if fits]
 
 
 def group_for(form: AffineFormat, allowed: Sequence[int]) -> int | None:
@@ -143,9 +103,7 @@ def new_model(model: QuantizedModel, out: Path, needed: int, exported: str) -> I
     refuse_filled(out)
     require_disk(out, needed, "the export")
     with new_folder(out) as beside:
-        for name in SIDE_FILES:
-            if (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, beside / name)
+        copy_companions(model.folder, beside)
         write_json(beside / "anyrank.json", _provenance(model, exported))
         yield beside
 

@@ -39,7 +39,6 @@ from .folder import (
     Plan,
     code_units,
     consumer,
-    form_name,
     group_for,
     in_groups,
     new_model,
@@ -85,7 +84,7 @@ def _checked_group(planned: Plan) -> int:
     first = next(iter(planned.layers))
     if group is None or form.bits not in PACKING:
         raise GeometryError(
-            f"{first}: {form_name(form)} do not fit HQQ, which holds 2, 3, 4, 5, 6 or 8 bits in "
+            f"{first}: {form} do not fit HQQ, which holds 2, 3, 4, 5, 6 or 8 bits in "
             "groups of a multiple of 8; quantize with such a --bits and --group_size, or export to "
             "torchao, which holds any"
         )

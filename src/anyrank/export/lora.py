@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..algebra import lora_factors, rows
 from ..files import new_folder, require_disk, write_json
+from ..quant.checkpoint import copy_companions
 from .adapter import CONFIG, WEIGHTS, SavedAdapter
 
 _COPIED = (
@@ -103,9 +104,7 @@ def export_lora(adapter: SavedAdapter | str | Path, out: str | Path, rank: int) 
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
         write_json(beside / CONFIG, lora_config(adapter, rank))
         write_json(beside / "anyrank.json", _provenance(adapter, rank))
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if (adapter.folder / name).is_file():
-                (beside / name).write_bytes((adapter.folder / name).read_bytes())
+        copy_companions(adapter.folder, beside)
     return out
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, GeometryError
 from ..files import write_json
-from .folder import Plan, form_name, group_for, in_groups, new_model, plan, write_shards
+from .folder import Plan, group_for, in_groups, new_model, plan, write_shards
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -80,7 +80,7 @@ def _checked_group(planned: Plan) -> int:
     group = group_for(form, GROUPS)
     if group is None or form.bits not in BITS:
         raise GeometryError(
-            f"{next(iter(planned.layers))}: {form_name(form)} do not fit MLX, which holds 2, 3, 4, "
+            f"{next(iter(planned.layers))}: {form} do not fit MLX, which holds 2, 3, 4, "
             "5, 6 or 8 bits in groups of 32, 64 or 128; quantize with such a --bits and "
             "--group_size, or export to torchao, which holds any"
         )

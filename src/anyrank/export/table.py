@@ -30,27 +30,33 @@ class Table:
         return f"{self.adapter.folder}{at}"
 
 
-def plan_tables(adapters: Sequence[SavedAdapter], ranks: Sequence[int] | None) -> list[Table]:
-    """The tables of every adapter at every rank, under names that tell them apart.
+def plan_tables(chosen: Sequence[tuple[SavedAdapter, Sequence[int]]]) -> list[Table]:
+    """The tables of every adapter at its ranks, under names that tell them apart.
 
     Args:
-        adapters: adapters of one base.
-        ranks: for adapters with ranks; None: each at its largest.
+        chosen: adapters of one base, each with its ranks; none for a dense core.
 
     Raises:
         ConfigError: ranks of an adapter without ranks, or two adapters of one name.
         RankError: a rank that an adapter does not have.
     """
     found = []
-    for adapter in adapters:
-        chosen: Sequence[int | None] = ranks or [adapter.config.rows or None]
-        for rank in chosen:
+    for adapter, ranks in chosen:
+        if ranks and not adapter.config.low_rank:
+            raise ConfigError(
+                f"{adapter.folder}: {adapter.config.method} holds dense blocks, which have no "
+                "ranks and fold as they are; leave --rank out"
+            )
+        for rank in ranks or [None]:
             if rank is not None:
                 adapter.check_rank(rank)
-            names = [adapter.folder.resolve().name] if len(adapters) > 1 else []
-            names += [f"rank{rank}"] if len(chosen) > 1 else []
+            names = [adapter.folder.resolve().name] if len(chosen) > 1 else []
+            names += [f"rank{rank}"] if len(ranks) > 1 else []
             found.append(Table("-".join(names).replace(".", "_") or None, adapter, rank))
     seen = [table.variant for table in found]
     if len(set(seen)) < len(seen):
-        raise ConfigError(f"two tables would be named alike ({', '.join(map(str, seen))}); rename")
+        raise ConfigError(
+            f"two tables would be named alike ({', '.join(map(str, seen))}); name every rank once, "
+            "or rename a run"
+        )
     return found

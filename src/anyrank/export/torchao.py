@@ -45,7 +45,6 @@ from .folder import (
     Plan,
     code_units,
     consumer,
-    form_name,
     group_for,
     in_groups,
     new_model,
@@ -112,7 +111,7 @@ def four_bit_group(planned: Plan) -> int:
     group = group_for(form, GROUPS)
     if group is None or form.bits != 4:
         raise GeometryError(
-            f"{next(iter(planned.layers))}: {form_name(form)} do not fit torchao's 4-bit kernels, "
+            f"{next(iter(planned.layers))}: {form} do not fit torchao's 4-bit kernels, "
             "which hold 4 bits in groups of 32, 64, 128 or 256; quantize with --bits 4 and such a "
             "--group_size, or export with target='any'"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, RunError, nearest
 from ..files import refuse_filled, require_disk
+from ..quant.checkpoint import variants
 from .adapter import CONFIG, SavedAdapter
 from .lora import VLLM_RANKS, export_lora, lora_size, vllm_rank
 
@@ -84,12 +85,19 @@ def export(folder: Path, out: Path, options: ExportOptions) -> Iterator[str]:
         )
     if options.form is None:
         raise ConfigError(f"name a format with --to: {', '.join(MODEL_FORMATS)}")
-    form = _known(options.form, MODEL_FORMATS, "a quantized model")
+    form = _known(options.form, MODEL_FORMATS, "a model")
     options.check(form, adapter=False)
+    tables = variants(folder)
+    if options.variant is None and len(tables) > 1:
+        raise ConfigError(
+            f"{folder}: holds several tables; name one with --variant: {', '.join(tables)}"
+        )
     return _export_model(folder, out, form, options)
 
 
 def _known(form: str, formats: Sequence[str], what: str) -> str:
+    if form not in formats and form in {*ADAPTER_FORMATS, *MODEL_FORMATS}:
+        raise ConfigError(f"--to {form} is not for {what}; name one of {', '.join(formats)}")
     if form not in formats:
         raise ConfigError(f"--to {form} is unknown for {what}; {nearest(form, formats)}")
     return form
@@ -174,6 +182,11 @@ def _serve(adapter: SavedAdapter, targets: Mapping[int, Path]) -> str:
     if adapter.config.modules_to_save:
         modules = ", ".join(adapter.config.modules_to_save)
         return f"vLLM serves no adapter with fully trained modules ({modules}); use PEFT"
+    if adapter.config.base_fingerprint is not None:
+        return (
+            "Load: PeftModel.from_pretrained, beside its quantized base (import anyrank); vLLM "
+            "cannot read that base, llama.cpp can: export the base and the adapter with --to gguf"
+        )
     words = ["vllm", "serve", adapter.config.base_model_name_or_path or "BASE", "--enable-lora"]
     words += ["--max-lora-rank", str(needed), "--lora-modules"]
     return f"Serve: {shlex.join([*words, *(f'r{rank}={path}' for rank, path in targets.items())])}"

@@ -25,6 +25,12 @@ from ..algebra import Update, pool
 from .bits import unpack
 
 
+def tile_name(tile: tuple[int, int]) -> str:
+    """'groups of 32', 'tiles of 8x4'."""
+    rows, columns = tile
+    return f"groups of {columns}" if rows == 1 else f"tiles of {rows}x{columns}"
+
+
 @dataclass(frozen=True)
 class AffineFormat:
     """How a weight is stored.
@@ -38,6 +44,9 @@ class AffineFormat:
     bits: int
     tile: tuple[int, int]
     dtype: torch.dtype = torch.float16
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in {tile_name(self.tile)}"
 
     @property
     def top(self) -> int:
@@ -117,7 +126,8 @@ def affine_linear(x: Tensor, weight: Affine, updates: Sequence[Update] = ()) -> 
         x = x.to(torch.get_autocast_dtype(x.device.type))
     core = [part for update in updates for part in update.core]
     shapes = tuple((len(u.core), u.p, u.q, u.scale) for u in updates)
-    return _AffineLinear.apply(x, weight, shapes, *core)  # type: ignore[return-value]
+    trained = torch.is_grad_enabled() and any(part.requires_grad for part in core)
+    return _AffineLinear.apply(x, weight, shapes, trained, *core)  # type: ignore[return-value]
 
 
 def _updates(shapes: tuple[tuple[int, int, int, float], ...], core: Sequence[Tensor]):
@@ -136,29 +146,29 @@ def _folded(weight: Affine, updates: Sequence[Update], dtype: torch.dtype) -> Te
 
 class _AffineLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Affine, shapes: Any, *core: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Affine, shapes: Any, trained: bool, *core: Tensor
+    ) -> Tensor:
         updates = list(_updates(shapes, core))
-        ctx.weight, ctx.shapes, ctx.x_shape, ctx.x_dtype = weight, shapes, x.shape, x.dtype
-        kept = (
-            {p: pool(x, p).flatten(0, -2) for _, p, _, _ in shapes}
-            if any(ctx.needs_input_grad[3:])
-            else {}
-        )
-        ctx.pools = tuple(kept)
-        ctx.save_for_backward(*core, *kept.values())
+        ctx.weight, ctx.shapes, ctx.x_dtype = weight, shapes, x.dtype
+        pools = {update.p for update in updates} if trained else set()
+        pooled = {p: pool(x, p).reshape(-1, x.shape[-1] // p) for p in sorted(pools)}
+        ctx.pools = tuple(pooled)
+        ctx.save_for_backward(*core, *pooled.values())
         return torch.nn.functional.linear(x, _folded(weight, updates, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (g,) = gradients
-        count = len(ctx.saved_tensors) - len(ctx.pools)
-        updates = list(_updates(ctx.shapes, ctx.saved_tensors[:count]))
-        pooled = dict(zip(ctx.pools, ctx.saved_tensors[count:], strict=True))
+        saved = ctx.saved_tensors  # once: checkpointing unpacks every tensor a single time
+        count = len(saved) - len(ctx.pools)
+        updates = list(_updates(ctx.shapes, saved[:count]))
+        pooled = dict(zip(ctx.pools, saved[count:], strict=True))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ _folded(ctx.weight, updates, ctx.x_dtype)
-        wanted = iter(ctx.needs_input_grad[3:])
-        g = g.flatten(0, -2)
+        wanted = iter(ctx.needs_input_grad[4:])
+        g = g.reshape(-1, g.shape[-1])
         found: list[Tensor | None] = []
         for update in updates:
             needed = [next(wanted) for _ in update.core]
@@ -167,7 +177,7 @@ class _AffineLinear(torch.autograd.Function):
                 continue
             v = g if update.q == 1 else g.unflatten(-1, (-1, update.q)).sum(-1)
             found += _core_gradients(update, pooled[update.p], v, needed)
-        return dx, None, None, *found
+        return dx, None, None, None, *found
 
 
 def _core_gradients(

@@ -7,14 +7,16 @@ rows divides q and columns divides p: then every tile lies inside one tile of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra import Update
 from ..errors import GeometryError
-from ..kernels import Affine, AffineFormat, affine_linear, fold_offsets
+from ..kernels import Affine, AffineFormat, affine_linear, fold_offsets, tile_name
 from .base import FrozenWeight
 
 
@@ -115,7 +117,7 @@ class AffineWeight(FrozenWeight):
     def unfold(self, update: Update, kept: Tensor | None) -> None:
         """Bring the offsets before the fold back."""
         assert kept is not None
-        self.layer.offsets = kept
+        self.layer.offsets = kept.to(self.layer.codes.device)
 
 
 def tile_obstacle(tile: tuple[int, int], p: int, q: int, d_in: int, d_out: int) -> str | None:
@@ -138,8 +140,7 @@ def tile_obstacle(tile: tuple[int, int], p: int, q: int, d_in: int, d_out: int) 
         wrong.append(f"repeat={q} is no multiple of {rows}: use repeat={_multiple(q, rows, d_out)}")
     if not wrong:
         return None
-    kind = f"groups of {columns}" if rows == 1 else f"tiles of {rows}x{columns}"
-    return f"its {kind} cannot take the adapter ({'; '.join(wrong)})"
+    return f"its {tile_name(tile)} cannot take the adapter ({'; '.join(wrong)})"
 
 
 def _multiple(part: int, unit: int, whole: int) -> int:
@@ -168,3 +169,22 @@ def check_format(form: AffineFormat, d_in: int, d_out: int, layer: str) -> None:
             f"{layer}: d_in={d_in} must be a multiple of 8, so that codes fill whole bytes; keep "
             f"the layer in its precision with --keep {layer.rsplit('.', 1)[-1]}"
         )
+
+
+def fingerprint(weights: Iterable[tuple[str, Affine]]) -> str | None:
+    """What tells one quantized base from another: a digest of checksums of every weight.
+
+    Sums of the bits as integers, so that device and order do not matter; None for no weights.
+
+    Args:
+        weights: layers by name, as the model names them.
+    """
+    sums = {
+        name: [
+            part.view(torch.uint8).sum(dtype=torch.int64).item()
+            for part in (affine.codes, affine.scales, affine.offsets)
+        ]
+        for name, affine in weights
+    }
+    text = json.dumps(sums, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest() if sums else None

@@ -13,9 +13,9 @@ folder that `save_pretrained` wrote, with everything in model.safetensors, is re
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import RunError, nearest
+from ..errors import ConfigError, RunError, nearest
 from ..files import read_json
 from ..kernels import Affine, AffineFormat
 
 METHOD = "anyrank"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OFFSETS = "offsets.safetensors"
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+COMPANIONS = (  # what makes a folder of weights a model; config.json is written anew
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def format_fields(form: AffineFormat) -> dict[str, Any]:
@@ -43,9 +57,20 @@ def format_fields(form: AffineFormat) -> dict[str, Any]:
 
 
 def read_format(fields: dict[str, Any]) -> AffineFormat:
-    """The inverse of `format_fields`; other keys are ignored."""
-    rows, columns = fields["tile"]
-    return AffineFormat(fields["bits"], (rows, columns), getattr(torch, fields["storage_dtype"]))
+    """The inverse of `format_fields`; other keys are ignored.
+
+    Raises:
+        ConfigError: a field is missing, or says nothing that a weight can be stored in.
+    """
+    bits, tile, name = (fields.get(key) for key in ("bits", "tile", "storage_dtype"))
+    sizes = tile if isinstance(tile, list | tuple) and len(tile) == 2 else ()
+    whole = all(isinstance(n, int) and n > 0 for n in (bits, *sizes))
+    if not (sizes and whole and bits in range(2, 9) and name in STORAGE):
+        raise ConfigError(
+            f"quantization_config: bits={bits!r}, tile={tile!r}, storage_dtype={name!r} must be 2 "
+            "to 8, [rows, columns] and float16, bfloat16 or float32; quantize the model again"
+        )
+    return AffineFormat(bits, (sizes[0], sizes[1]), STORAGE[name])  # type: ignore[arg-type]
 
 
 def with_variant(name: str, variant: str | None) -> str:
@@ -94,10 +119,8 @@ class QuantizedModel:
             )
         try:
             form = read_format(fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(
-                f"{folder / CONFIG}: quantization_config cannot be read ({error!r})"
-            ) from error
+        except ConfigError as error:
+            raise RunError(f"{folder / CONFIG}: {error}") from error
         return cls(folder, config, form, _files(folder, variant), variant)
 
     @property
@@ -135,15 +158,49 @@ class QuantizedModel:
         )
         return Affine(codes, scales, offsets, self.form)
 
-    def fingerprint(self) -> str:
-        """A digest of all scales and offsets: whether two folders hold one base."""
-        digest = hashlib.sha256()
-        for layer in sorted(self.layers):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the headers of the files.
+
+        Raises:
+            RunError: a tensor is missing, or a file cannot be read.
+        """
+        found = {}
+        for file in sorted(set(self.files.values())):
+            try:
+                with safe_open(str(self.folder / file), "pt") as tensors:
+                    there = set(tensors.keys())
+                    for name in (name for name, at in self.files.items() if at == file):
+                        if name not in there:
+                            raise RunError(
+                                f"{self.folder / file}: {name} is missing; "
+                                "quantize or fold the model again"
+                            )
+                        found[name] = tuple(tensors.get_slice(name).get_shape())
+            except (FileNotFoundError, SafetensorError) as error:
+                raise RunError(f"{self.folder / file}: cannot be read ({error})") from error
+        return found
+
+    def check_layers(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of every quantized layer, each of them whole.
+
+        Raises:
+            RunError: there is none, or codes, scales and offsets of one do not belong together.
+        """
+        if not self.layers:
+            raise RunError(f"{self.folder}: holds no quantized layer; run anyrank quantize again")
+        shapes, layers = self.shapes(), {}
+        for layer in self.layers:
+            d_out, packed = shapes[f"{layer}.codes"]
+            d_in = packed * 8 // self.form.bits
+            layers[layer] = d_out, d_in
             for part in ("scales", "offsets"):
-                name = f"{layer}.{part}"
-                digest.update(name.encode())
-                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+                found, needed = shapes.get(f"{layer}.{part}"), self.form.tiles(d_out, d_in)
+                if found != needed:
+                    raise RunError(
+                        f"{self.folder}: {layer}.{part} is {found or 'missing'}, but its codes "
+                        f"need {needed}; quantize or fold the model again"
+                    )
+        return layers
 
     def weights(self) -> Iterator[tuple[str, Affine]]:
         """Every quantized layer with its weight, one in memory at a time."""
@@ -162,7 +219,10 @@ def _files(folder: Path, variant: str | None) -> dict[str, str]:
     """The file of every tensor."""
     index = folder / with_variant(INDEX, variant)
     if index.is_file():
-        return dict(read_json(index)["weight_map"])
+        found = read_json(index)
+        if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+            raise RunError(f"{index}: has no weight_map; quantize or fold the model again")
+        return dict(found["weight_map"])
     single = folder / with_variant(WEIGHTS, variant)
     if not single.is_file():
         if variant is not None:
@@ -174,6 +234,14 @@ def _files(folder: Path, variant: str | None) -> dict[str, str]:
             return dict.fromkeys(tensors.keys(), single.name)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{single}: cannot be read ({error})") from error
+
+
+def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANIONS) -> None:
+    """Copy tokenizer, chat template and what else belongs to a model; what is there stays."""
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
 
 
 def write_index(folder: Path, files: dict[str, str], size: int, variant: str | None = None) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunError
 from ..kernels import AffineFormat
 from .affine import AffineLinear, check_format
 from .checkpoint import METHOD, format_fields, read_format
@@ -68,9 +70,13 @@ class AffineQuantizer(HfQuantizer):
                 "run anyrank quantize MODEL OUT and load OUT"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> Any:
         config: Any = self.quantization_config
         replace_linears(model, config.form, config.modules_to_not_convert)
+        if checkpoint_files:
+            _check_files(model, checkpoint_files)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -81,6 +87,23 @@ class AffineQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters train beside the frozen codes."""
         return True
+
+
+def _check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Raise if a part of a quantized weight is missing; Transformers would leave it random."""
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found.update(tensors.keys())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # of a model without its head
+    found |= {name.removeprefix(prefix) for name in found} | {prefix + name for name in found}
+    for layer, module in model.named_modules():
+        for part in ("codes", "scales", "offsets") if isinstance(module, AffineLinear) else ():
+            if f"{layer}.{part}" not in found:
+                raise RunError(
+                    f"{Path(files[0]).parent}: {layer}.{part} is missing; "
+                    "quantize or fold the model again"
+                )
 
 
 def quantized_linears(model: nn.Module, keep: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -102,7 +125,7 @@ def _linear_classes() -> set[type]:
 
 
 def _named(name: str, patterns: Sequence[str]) -> bool:
-    return any(f".{name}.".find(f".{pattern}.") >= 0 for pattern in patterns)
+    return any(f".{pattern}." in f".{name}." for pattern in patterns)
 
 
 def replace_linears(model: nn.Module, form: AffineFormat, keep: Sequence[str]) -> None:

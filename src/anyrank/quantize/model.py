@@ -7,7 +7,6 @@ read, quantize and write one tensor at a time. The folder appears when it is com
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,22 @@ from torch import Tensor
 from ..errors import ConfigError, RunError
 from ..files import new_folder, read_json, refuse_filled, require_disk, write_json, write_text
 from ..kernels import Affine, AffineFormat
-from ..quant.checkpoint import CONFIG, METHOD, OFFSETS, format_fields, write_index
+from ..quant.checkpoint import (
+    COMPANIONS,
+    CONFIG,
+    METHOD,
+    OFFSETS,
+    copy_companions,
+    format_fields,
+    write_index,
+)
 from ..quant.hf import AffineConfig
 from .half_quadratic import half_quadratic
 from .minmax import minmax
 from .plan import Plan, Request, plan_float, plan_takeover
 from .sequential import gptq_layers
 from .shards import ShardWriter
-from .source import COMPANIONS, local_folder
+from .source import local_folder
 
 REPORT = "quantize.json"
 GB = 10**9
@@ -265,7 +272,4 @@ def _write_companions(
     # not through write_json, which knows no infinity: some configurations hold one
     text = json.dumps({**config, "quantization_config": fields}, indent=2)
     write_text(beside / CONFIG, text + "\n")
-    for pattern in (*COMPANIONS, "*.py") if with_code else COMPANIONS:
-        for path in folder.glob(pattern):
-            if path.is_file() and not (beside / path.name).exists():
-                shutil.copyfile(path, beside / path.name)
+    copy_companions(folder, beside, (*COMPANIONS, "*.py") if with_code else COMPANIONS)

@@ -16,23 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, RunError
 from ..files import read_json
-from ..quant.checkpoint import CONFIG, INDEX, WEIGHTS
+from ..quant.checkpoint import COMPANIONS, CONFIG, INDEX, WEIGHTS
 from .shards import TYPES, Spec, Specs
 
 # What belongs to a model besides its weights and config.json. No .bin: it may hold a pickle.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 class Source(ABC):

@@ -24,15 +24,15 @@ def divergence(
     tensors of the table in place of its own.
 
     Args:
-        model: a PEFT model with one adapter per table, named by `adapter_name`.
+        model: a PEFT model with every adapter of the tables, named by `adapter_name`.
         folder: the folded model.
         tables: the tables in it.
         rows: token ids `input_ids` to evaluate on, one list per table.
     """
     found: dict[str | None, float | None] = {}
     with evaluation(model):
-        for place, (table, part) in enumerate(zip(tables, rows, strict=True)):
-            model.set_adapter(adapter_name(place))
+        for table, part in zip(tables, rows, strict=True):
+            model.set_adapter(adapter_name(table, tables))
             if table.rank is not None:
                 model.set_rank(table.rank)
             written = _table_tensors(QuantizedModel.open(folder, table.variant), table, model)
@@ -48,9 +48,11 @@ def divergence(
     return found
 
 
-def adapter_name(place: int) -> str:
-    """The name under which the adapter of a table is loaded; PEFT calls the first one default."""
-    return f"table{place}" if place else "default"
+def adapter_name(table: Table, tables: Sequence[Table]) -> str:
+    """The name of a table's adapter in the model; PEFT calls the first one default."""
+    folders = list(dict.fromkeys(other.adapter.folder for other in tables))
+    place = folders.index(table.adapter.folder)
+    return f"adapter{place}" if place else "default"
 
 
 def _kl(trained: Tensor, folded: Tensor) -> float:

@@ -16,10 +16,11 @@ from ..export.adapter import SavedAdapter
 from ..export.fold import fold
 from ..export.table import Table, plan_tables
 from ..files import read_json, refuse_filled
+from ..quant.affine import fingerprint
 from ..quant.checkpoint import QuantizedModel
 from ..training.arguments import ModelArguments
 from ..training.base import load_base
-from ..training.run import RESULT, Run
+from ..training.run import Run
 from .divergence import adapter_name, divergence
 from .evaluate import Rows
 from .sweep_run import SweepOptions, token_rows, training_rows
@@ -61,10 +62,18 @@ def fold_run(
     adapters = [SavedAdapter.read(folder) for folder in paths]
     model = QuantizedModel.open(base_folder(adapters, base))
     _check_base(model, adapters)
-    if ranks is None and len(adapters) == 1:
-        ranks = chosen_ranks(adapters[0])
-    tables = plan_tables(adapters, ranks)
-    rows = [_rows(table, dataset, limit) for table in tables]
+    tables = plan_tables([(a, ranks or chosen_ranks(a)) for a in adapters])
+    for table in tables:
+        config = table.adapter.config
+        if table.rank not in (None, config.rows) and not config.nested:
+            logger.warning(
+                "%s: was trained at rank %d alone; a smaller prefix of it never learned to stand "
+                "by itself",
+                table.adapter.folder,
+                config.rows,
+            )
+    of_folder = {a.folder: _rows(a.folder, dataset, limit) for a in adapters}
+    rows = [of_folder[table.adapter.folder] for table in tables]
 
     def check(folder: Path, tables: Sequence[Table]) -> dict[str | None, float | None]:
         if not any(rows):
@@ -76,15 +85,14 @@ def fold_run(
 
 
 def _with_adapters(base: Path, tables: Sequence[Table], trust_remote_code: bool) -> Any:
-    """The base with the adapter of every table."""
+    """The base with every adapter, each under the name that `adapter_name` gives it."""
     arguments = ModelArguments(model_name_or_path=str(base))
     model: Any = load_base(arguments, in_4bit=False, trust_remote_code=trust_remote_code)
-    for place, table in enumerate(tables):
-        where, name = str(table.adapter.folder), adapter_name(place)
-        if place:
-            model.load_adapter(where, adapter_name=name)
+    for name, folder in {adapter_name(t, tables): str(t.adapter.folder) for t in tables}.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
         else:
-            model = PeftModel.from_pretrained(model, where, adapter_name=name)
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     return model
 
 
@@ -108,26 +116,29 @@ def base_folder(adapters: Sequence[SavedAdapter], asked: str | Path | None) -> P
 
 
 def _check_base(base: QuantizedModel, adapters: Sequence[SavedAdapter]) -> None:
-    """Raise unless the base is the one that every run was trained on, as far as runs know it."""
-    paths = [adapter.folder / RESULT for adapter in adapters]
-    known = {path: read_json(path).get("base_fingerprint") for path in paths if path.is_file()}
-    found = base.fingerprint() if any(known.values()) else None
-    for path, wanted in known.items():
-        if wanted not in (None, found):
+    """Raise unless the base is the one that every adapter was trained on."""
+    for adapter in adapters:
+        names = [layer for layer, _ in adapter.updates(adapter.config.rows or None)]
+        known = set(base.layers)
+        found = fingerprint((name, base.affine(name)) for name in names if name in known)
+        wanted = adapter.config.base_fingerprint
+        if wanted is None:
+            logger.warning("%s: does not say which base it was trained on", adapter.folder)
+        elif found not in (None, wanted):
             raise RunError(
-                f"{base.folder}: is not the base that {path.parent} was trained on (its scales or "
-                "offsets differ); name that one with --base, or train again on this one"
+                f"{base.folder}: is not the base that {adapter.folder} was trained on (codes, "
+                "scales or offsets differ); name that one with --base, or train on this one"
             )
 
 
-def chosen_ranks(adapter: SavedAdapter) -> list[int] | None:
-    """The rank that `anyrank sweep` chose, or the only one that was trained; None: no ranks.
+def chosen_ranks(adapter: SavedAdapter) -> Sequence[int]:
+    """The rank that `anyrank sweep` chose, or the only one that was trained; none for no ranks.
 
     Raises:
         ConfigError: every rank was trained and none was chosen.
     """
     if not adapter.config.low_rank:
-        return None
+        return []
     if not adapter.config.nested:
         return [adapter.config.rows]
     sweep = adapter.folder / "sweep.json"
@@ -140,11 +151,10 @@ def chosen_ranks(adapter: SavedAdapter) -> list[int] | None:
     return [rank]
 
 
-def _rows(table: Table, dataset: str | None, limit: int) -> Rows:
+def _rows(folder: Path, dataset: str | None, limit: int) -> Rows:
     """Rows to compare on; none where the run does not know any that are still there."""
     if not limit:
         return []
-    folder = table.adapter.folder
     try:
         run = Run.open(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -10,7 +10,6 @@ import torch
 
 from ..errors import ConfigError, MissingPackageError
 from ..methods import method
-from ..quant.checkpoint import METHOD, QuantizedModel
 from .arguments import ModelArguments
 
 
@@ -41,14 +40,6 @@ def quantization_of(arguments: ModelArguments) -> str | None:
     except (OSError, ValueError, TypeError):
         return None  # loading says what is wrong
     return (config.get("quantization_config") or {}).get("quant_method")
-
-
-def base_fingerprint(arguments: ModelArguments) -> str | None:
-    """What tells a quantized base from another one; None: it is of another kind."""
-    folder = Path(arguments.model_name_or_path or "")
-    if quantization_of(arguments) != METHOD or not folder.is_dir():
-        return None
-    return QuantizedModel.open(folder).fingerprint()
 
 
 def load_base(arguments: ModelArguments, *, in_4bit: bool, trust_remote_code: bool) -> Any:

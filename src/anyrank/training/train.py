@@ -16,11 +16,11 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ..errors import ConfigError
-from ..files import finite, new_files, require_disk, write_json, write_text
+from ..errors import ConfigError, RunError
+from ..files import finite, new_files, read_json, require_disk, write_json, write_text
 from ..tuner import AnyRankConfig
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
-from .base import base_fingerprint, load_base, load_tokenizer, wants_4bit
+from .base import load_base, load_tokenizer, wants_4bit
 from .callback import check_micro_batches
 from .card import model_card
 from .data import load_rows, split_rows
@@ -60,12 +60,13 @@ def train(
     base = load_base(model, in_4bit=in_4bit, trust_remote_code=args.trust_remote_code)
     base.config.use_cache = False
     trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
+    if checkpoint is not None:
+        _check_base(trainer, checkpoint)
     if main_process:
         _require_room(trainer, folder)
         claim(folder, options)
     try:
-        fingerprint = base_fingerprint(model) if main_process else None
-        return _fit(trainer, folder, options, tokenizer, checkpoint, fingerprint)
+        return _fit(trainer, folder, options, tokenizer, checkpoint)
     except BaseException:
         if main_process:
             unclaim(folder)
@@ -173,6 +174,17 @@ def _trainer(
     return trainer
 
 
+def _check_base(trainer: SFTTrainer, checkpoint: Path) -> None:
+    """Raise if a checkpoint was trained on another quantized base."""
+    model: Any = trainer.model
+    before = read_json(checkpoint / "adapter_config.json").get("base_fingerprint")
+    if before not in (None, model.peft_config["default"].base_fingerprint):
+        raise RunError(
+            f"{checkpoint}: was trained on another quantized base (its codes, scales or offsets "
+            "differ); put that base back, or start again in another output_dir"
+        )
+
+
 def _trained(trainer: SFTTrainer) -> int:
     model: Any = trainer.model
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -205,7 +217,6 @@ def _fit(
     options: dict[str, Any],
     tokenizer: Any,
     checkpoint: Path | None,
-    fingerprint: str | None,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -218,8 +229,6 @@ def _fit(
     }
     if trainer.eval_dataset is not None:
         result["eval_loss"] = round(trainer.evaluate()["eval_loss"], 6)
-    if fingerprint is not None:
-        result["base_fingerprint"] = fingerprint
     result["versions"] = _versions()
     if trainer.is_world_process_zero():
         model: Any = trainer.model

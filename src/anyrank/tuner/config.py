@@ -67,6 +67,7 @@ class AnyRankConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = _option(None, "Indices of decoder layers.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of decoder layers.")
     modules_to_save: list[str] | None = _option(None, "Modules to train in full and to save.")
+    base_fingerprint: str | None = _option(None, "Which quantized base it was trained on; set.")
     fan_in_fan_out: bool = _option(False, "A Conv1D holds W transposed; set when one is adapted.")
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,8 +12,11 @@ from torch import nn
 
 from ..errors import ConfigError, LayerError, MergeError, nearest
 from ..quant import frozen_weight
+from ..quant.affine import AffineLinear, fingerprint
 from .config import AnyRankConfig
 from .layer import AnyRankLinear
+
+logger = logging.getLogger("anyrank")
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AnyRankLinear]]:
@@ -38,6 +42,35 @@ class RankScope:
         for layer, name, rank, first in self._before:
             if name in layer.adapters and name not in layer.merged_adapters:
                 layer.set_rank(name, rank, first)
+
+
+def _refuse_tied(peft_config: AnyRankConfig, model: Any) -> None:
+    """Raise if a module that is trained in full shares its weight with another one.
+
+    A copy of one end is trained, and the folded model would hold it at both ends.
+    """
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if tied else []
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    for name in names:
+        if any(f".{name}".endswith(f".{asked}") for asked in peft_config.modules_to_save or ()):
+            raise MergeError(
+                f"{name}: not foldable: it is tied to {', '.join(n for n in names if n != name)}; "
+                "leave it out of modules_to_save, or leave foldable out"
+            )
+
+
+def _know_base(peft_config: AnyRankConfig, chosen: dict[str, nn.Module]) -> None:
+    """Note the quantized base in the configuration; warn if it is another one than noted."""
+    bases = {n: m.base_layer if isinstance(m, AnyRankLinear) else m for n, m in chosen.items()}
+    found = fingerprint((n, m.affine) for n, m in bases.items() if isinstance(m, AffineLinear))
+    if peft_config.base_fingerprint is None:
+        peft_config.base_fingerprint = found
+    elif found not in (None, peft_config.base_fingerprint):
+        logger.warning(
+            "the adapter was trained on another quantized base than this one (their codes, scales "
+            "or offsets differ); results will differ, and anyrank fold refuses"
+        )
 
 
 class AnyRankModel(BaseTuner):
@@ -102,11 +135,18 @@ class AnyRankModel(BaseTuner):
         """Check every targeted layer before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
         inside = [name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-        for name, module in model.named_modules():
-            if not name or any(name.startswith(prefix) for prefix in inside):
-                continue
-            if self._check_target_module_exists(peft_config, name):
-                self._plan(peft_config, name, module)
+        chosen = {
+            name: module
+            for name, module in model.named_modules()
+            if name
+            and not any(name.startswith(prefix) for prefix in inside)
+            and self._check_target_module_exists(peft_config, name)
+        }
+        for name, module in chosen.items():
+            self._plan(peft_config, name, module)
+        if peft_config.foldable:
+            _refuse_tied(peft_config, model)
+        _know_base(peft_config, chosen)
 
     @staticmethod
     def _plan(peft_config: AnyRankConfig, name: str, module: nn.Module) -> None:

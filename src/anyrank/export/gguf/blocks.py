@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...kernels import Affine, AffineFormat, unpack
+from ..folder import formats_for
 
 BLOCK = 32
 
@@ -54,14 +55,13 @@ def block_type(form: AffineFormat, model: object) -> BlockType:
     Raises:
         ConfigError: no block does.
     """
-    rows, columns = form.tile
-    if columns % BLOCK == 0 and form.bits <= Q5_1.bits:
+    if form.tile[1] % BLOCK == 0 and form.bits <= Q5_1.bits:
         return Q4_1 if form.bits <= Q4_1.bits else Q5_1
-    kind = f"groups of {columns}" if rows == 1 else f"tiles of {rows}x{columns}"
+    others = " or ".join(f"--to {name}" for name in formats_for(form))
     raise ConfigError(
-        f"{model}: {form.bits}-bit codes in {kind} fit into no GGUF block as they are (Q4_1 holds "
-        "2, 3 and 4 bits, Q5_1 5 bits, in groups of 32, 64 or 128); try --to mlx or --to hqq, or "
-        "quantize again with --bits 4 --group_size 32"
+        f"{model}: {form} fit into no GGUF block as they are (Q4_1 holds 2, 3 and 4 bits, Q5_1 5 "
+        f"bits, in groups of 32, 64 or 128); try {others}, or quantize again with --bits 4 "
+        "--group_size 32"
     )
 
 
