@@ -93,7 +93,8 @@ def test_the_files_hold_the_codes_once_and_a_table_per_rank(tmp_path):
     shards = {name for name in files if name.startswith("model-")}
     assert len(shards) > 1
     assert files - shards == {
-        "config.json", "generation_config.json", "fold.json", "model.safetensors.index.json",
+        "README.md", "config.json", "generation_config.json", "fold.json",
+        "model.safetensors.index.json",
         "model.safetensors.index.rank1.json", "model.safetensors.index.rank4.json",
         "offsets.rank1.safetensors", "offsets.rank4.safetensors",
     }  # fmt: skip

@@ -29,6 +29,7 @@ from ..quant.checkpoint import (
     copy_companions,
     with_variant,
     write_index,
+    write_readme,
 )
 from .fold_report import report, same_codes
 from .table import Table
@@ -74,6 +75,7 @@ def fold(
         result = {"base": str(base.folder), "codes_identical": identical, "tables": found}
         if not identical or not all(entry["offsets_identical"] for entry in found.values()):
             raise RunError(f"{out}: what was read back differs from what was folded; try again")
+        write_readme(beside, base.form, [t.variant for t in tables if t.variant is not None])
         write_json(beside / REPORT, result)
     return result
 

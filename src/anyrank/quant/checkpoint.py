@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, RunError, nearest
-from ..files import read_json
+from ..files import read_json, write_text
 from ..kernels import Affine, AffineFormat
 
 METHOD = "anyrank"
@@ -242,6 +242,32 @@ def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPAN
         for path in source.glob(pattern):
             if path.is_file() and not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
+
+
+def write_readme(folder: Path, form: AffineFormat, names: Sequence[str] = ()) -> None:
+    """Write what a stranger to the folder has to know.
+
+    Args:
+        folder: where the model lies.
+        form: how its weights are stored.
+        names: its tables of offsets, if there are several.
+    """
+    text = f"""# {form}, written by anyrank
+
+```python
+import anyrank  # first: without it Transformers leaves the linear layers of this model random
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+"""
+    if names:
+        listed = ", ".join(f"`{name}`" for name in names)
+        text += f"""
+One set of codes with several tables of offsets: `from_pretrained("FOLDER", variant="{names[0]}")`
+loads one of {listed}; without `variant`, the last.
+"""
+    write_text(folder / "README.md", text)
 
 
 def write_index(folder: Path, files: dict[str, str], size: int, variant: str | None = None) -> None:

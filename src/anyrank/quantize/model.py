@@ -27,6 +27,7 @@ from ..quant.checkpoint import (
     copy_companions,
     format_fields,
     write_index,
+    write_readme,
 )
 from ..quant.hf import AffineConfig
 from .half_quadratic import half_quadratic
@@ -272,4 +273,5 @@ def _write_companions(
     # not through write_json, which knows no infinity: some configurations hold one
     text = json.dumps({**config, "quantization_config": fields}, indent=2)
     write_text(beside / CONFIG, text + "\n")
+    write_readme(beside, plan.form)
     copy_companions(folder, beside, (*COMPANIONS, "*.py") if with_code else COMPANIONS)
