@@ -107,6 +107,7 @@ def test_what_belongs_to_a_model_is_copied(base, tmp_path):
     }
     assert after == before
     assert {p.name for p in out.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "tokenizer.json",
