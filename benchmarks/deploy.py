@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="16 make one billion parameters")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=["gguf", "mlx", "hqq", "torchao"])
+    parser.add_argument("--only", default="", help="rows whose name begins so")
     chosen = parser.parse_args()
     out = chosen.out
     if not (out / "model").exists():
@@ -143,6 +144,8 @@ def main() -> None:
     print(f"idle process: {rest['all']} MB\n")
     print("| verb | seconds | peak above idle, MB | own | file |\n|---|---|---|---|---|")
     for name, words in verbs.items():
+        if not name.startswith(chosen.only):
+            continue
         seen = []
         for _ in range(chosen.repeats):
             shutil.rmtree(made, ignore_errors=True)

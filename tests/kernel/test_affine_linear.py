@@ -56,6 +56,15 @@ def test_a_weight_is_scale_times_code_plus_offset(bits, tile, dtype):
     assert torch.equal(weight.weight(torch.bfloat16), (scales * codes + offsets).bfloat16())
 
 
+@pytest.mark.parametrize("tile", [(1, 16), (8, 4)])
+def test_a_weight_that_is_read_in_pieces_is_the_same(tile, monkeypatch):
+    weight = affine(tile, 3)
+    whole = weight.weight(torch.bfloat16)
+    for size in (1, 5 * D_IN, 20 * D_IN):
+        monkeypatch.setattr("anyrank.kernels.affine.CPU_CHUNK", size)
+        assert torch.equal(weight.weight(torch.bfloat16), whole)
+
+
 @pytest.mark.parametrize("core", ["low_rank", "dense"])
 @pytest.mark.parametrize(("tile", "p", "q"), GEOMETRIES)
 def test_forward_and_gradients_equal_the_naive_reference(tile, p, q, core):

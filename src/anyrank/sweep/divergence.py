@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..export.table import Table
 from ..quant.checkpoint import QuantizedModel
-from .evaluate import Rows, evaluation
+from .evaluate import Rows, batches, evaluation
+
+ROWS, TOKENS = 8, 128  # of a forward pass: every pass unpacks every weight once
 
 
 def divergence(
@@ -27,7 +28,7 @@ def divergence(
         model: a PEFT model with every adapter of the tables, named by `adapter_name`.
         folder: the folded model.
         tables: the tables in it.
-        rows: token ids `input_ids` to evaluate on, one list per table.
+        rows: token ids and labels, one list per table; the first `TOKENS` of each row count.
     """
     found: dict[str | None, float | None] = {}
     with evaluation(model):
@@ -37,13 +38,14 @@ def divergence(
                 model.set_rank(table.rank)
             written = _table_tensors(QuantizedModel.open(folder, table.variant), table, model)
             nats, tokens = 0.0, 0
-            for row in part:
-                ids = torch.tensor([row["input_ids"]], device=model.device)
-                trained = model(input_ids=ids, use_cache=False).logits[0]
+            cut = [{key: ids[:TOKENS] for key, ids in row.items()} for row in part]
+            for batch in batches(cut, ROWS, model.device):
+                kept = batch.pop("attention_mask").bool()
+                trained = model(input_ids=batch["input_ids"], use_cache=False).logits[kept]
                 with model.disable_adapter(), _swapped(model, written):
-                    folded = model(input_ids=ids, use_cache=False).logits[0]
+                    folded = model(input_ids=batch["input_ids"], use_cache=False).logits[kept]
                 nats += _kl(trained, folded)
-                tokens += ids.shape[1]
+                tokens += len(trained)
             found[table.variant] = nats / tokens if tokens else None
     return found
 
@@ -56,9 +58,12 @@ def adapter_name(table: Table, tables: Sequence[Table]) -> str:
 
 
 def _kl(trained: Tensor, folded: Tensor) -> float:
-    """Sum over tokens of KL, from logits [tokens, vocabulary]."""
-    p, q = (logits.double().log_softmax(-1) for logits in (trained, folded))
-    return (p.exp() * (p - q)).sum().item()
+    """Sum over tokens of KL, from logits [tokens, vocabulary], some tokens at a time."""
+    nats = 0.0
+    for parts in zip(trained.split(64), folded.split(64), strict=True):
+        p, q = (logits.double().log_softmax(-1) for logits in parts)
+        nats += (p.exp() * (p - q)).sum().item()
+    return nats
 
 
 def _table_tensors(written: QuantizedModel, table: Table, model: Any) -> dict[str, Tensor]:
