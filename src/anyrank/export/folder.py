@@ -26,7 +26,7 @@ from ..files import new_folder, refuse_filled, require_disk, write_json
 from ..kernels import Affine, AffineFormat, unpack
 from ..quant.checkpoint import QuantizedModel, copy_companions
 
-SHARD_BYTES = 1_000_000_000
+SHARD_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
