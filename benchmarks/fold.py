@@ -4,10 +4,11 @@
 
 Two adapters are trained on each quantized base: QA-LoRA, which folds, and QLoRA's adapter (a LoRA
 of rank 64 on the same base), each at the two best learning rates of a search at 4 bits
-(docs/log.md). The LoRA is then merged and quantized again to the same format, once from the weights
-of the quantized base and once from the original ones; the best rate is chosen for every row by
-itself, which favours the rows that lose. Finished runs are kept and not done again. About four
-minutes a run on one core; --jobs 2 trains two at a time.
+(docs/log.md), and the LoRA at QLoRA's published rate as well. The LoRA is then merged and quantized
+again to the same format, once from the weights of the quantized base and once from the original
+ones; the best rate is chosen for every row by itself, which favours the rows that lose. Finished
+runs are kept and not done again. About four minutes a run on one core; --jobs 2 trains two at a
+time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ ADAPTERS = {
     "lora": ("--method", "lora", "--lora_r", 64),
 }
 RATES = {"qalora": ("3e-2", "6e-2"), "lora": ("1e-2", "2e-2")}
+PUBLISHED = "2e-4"  # QLoRA's own rate: small updates, most of which re-quantization rounds away
+
+
+WAYS = {
+    "folded": "folded",
+    "requantized": "merged and quantized again",
+    "original": "merged into the original, quantized",
+}
 
 
 def anyrank(*words: object) -> None:
@@ -124,20 +133,21 @@ def table(bits: int, chosen: argparse.Namespace) -> list[tuple[str, float, float
     model = QuantizedModel.open(chosen.out / f"base-{bits}bit")
     weights = sum(a.codes.numel() * 8 // bits for _, a in model.weights())
     plain, found = model.form.bits_per_weight, []
-    for method in ADAPTERS:
-        runs = [chosen.out / f"{method}-{bits}bit-{rate}" for rate in RATES[method]]
+    for method, rates in (*RATES.items(), ("lora", (PUBLISHED,))):
+        runs = [chosen.out / f"{method}-{bits}bit-{rate}" for rate in rates]
         sweeps = [json.loads((run / "sweep.json").read_text()) for run in runs]
         before = sweeps[0]["base"]["loss"]
         best = min(sweeps, key=lambda s: s["ranks"][0]["loss"])["ranks"][0]
         if not found:
             found.append(("base", plain, before, None))
+        name = f"{method} at {PUBLISHED}" if rates == (PUBLISHED,) else method
         beside = plain + 16 * best["parameters"] / weights
-        found.append((f"{method} beside", beside, best["loss"], 1.0))
+        found.append((f"{name}, beside", beside, best["loss"], 1.0))
         after = [deployed(run, method, chosen) for run in runs]
         for way in after[0]:
             least = min(losses[way] for losses in after)
             kept = (before - least) / (before - best["loss"])
-            found.append((f"{method} {way}", plain, least, kept))
+            found.append((f"{name}, {WAYS[way]}", plain, least, kept))
     return found
 
 
@@ -155,6 +165,7 @@ def main() -> None:
     for bits in chosen.bits:
         base_of(bits, chosen)
     work = [(b, m, rate) for b in chosen.bits for m in ADAPTERS for rate in RATES[m]]
+    work += [(b, "lora", PUBLISHED) for b in chosen.bits]
     with ThreadPoolExecutor(chosen.jobs) as pool:
         list(pool.map(lambda item: train(*item, chosen), work))
     print("| bits | row | bits per weight | loss | gain kept |\n|---|---|---|---|---|")
