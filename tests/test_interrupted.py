@@ -66,7 +66,7 @@ def _bytes(path: Path) -> bytes:
     with safe_open(path, "pt") as tensors:
         parts = [json.dumps(tensors.metadata() or {}, sort_keys=True).encode()]
         for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name).contiguous()
+            tensor = tensors.get_tensor(name).reshape(-1)
             parts += [name.encode(), tensor.view(torch.uint8).numpy().tobytes()]
     return b"".join(parts)
 
