@@ -197,3 +197,12 @@ def test_several_runs_fold_at_the_rank_that_each_sweep_chose(nested_run, tmp_pat
     )
     words = ["export", str(tmp_path / "out"), str(tmp_path / "hqq"), "--to", "hqq"]
     assert run([*words, "--variant", "second"]) == 0
+
+
+@pytest.mark.parametrize("out", ["lora", "lora.gguf"])
+def test_the_line_that_runs_a_lora_names_its_file(nested_run, tmp_path, capsys, out):
+    words = ["export", nested_run, tmp_path / out, "--rank", "1", "--to", "gguf"]
+    assert run([str(word) for word in words]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Run: llama-cli -m BASE.gguf --lora ")
+    assert Path(line.rsplit(" ", 1)[-1]).read_bytes()[:4] == b"GGUF"

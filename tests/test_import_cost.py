@@ -94,7 +94,7 @@ def test_help_fits_a_screen_of_24_lines_and_loads_nothing_heavy():
     assert done.stdout.startswith("anyrank: ")
 
 
-@pytest.mark.parametrize("verb", ["train", "sweep", "export", "demo"])
+@pytest.mark.parametrize("verb", ["quantize", "train", "sweep", "fold", "export", "demo"])
 def test_the_help_of_a_verb_fits_a_screen_of_40_lines(verb):
     text = python("-m", "anyrank", verb, "--help").stdout
     assert f"anyrank {verb}" in text

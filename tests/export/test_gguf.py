@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,6 @@ from anyrank.errors import ConfigError
 from anyrank.export.gguf import export_gguf
 from anyrank.kernels import AffineFormat
 from anyrank.quant.checkpoint import QuantizedModel
-
-gguf = pytest.importorskip("gguf")
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = {

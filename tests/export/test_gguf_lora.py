@@ -13,10 +13,9 @@ from peft import get_peft_model
 
 from anyrank import AnyRankConfig
 from anyrank.errors import ConfigError, RankError, RunError
+from anyrank.export.adapter import SavedAdapter
 from anyrank.export.gguf import export_gguf_lora
-from anyrank.export.lora import SavedAdapter, lora_tensors
-
-gguf = pytest.importorskip("gguf")
+from anyrank.export.lora import lora_tensors
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

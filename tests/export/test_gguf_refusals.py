@@ -16,8 +16,6 @@ from anyrank.export.gguf import export_gguf
 from anyrank.export.gguf import model as gguf_model
 from anyrank.kernels import AffineFormat
 
-gguf = pytest.importorskip("gguf")
-
 
 @pytest.mark.parametrize(
     ("bits", "tile", "kind", "others"),

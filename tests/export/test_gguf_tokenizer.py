@@ -17,7 +17,6 @@ from anyrank.errors import ConfigError, RunError
 from anyrank.export.gguf import export_gguf
 from anyrank.export.gguf.tokenizer import Vocabulary, read_vocabulary
 
-gguf = pytest.importorskip("gguf")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 NO_IDS = SimpleNamespace()
 ROWS = 800

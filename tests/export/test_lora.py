@@ -24,7 +24,8 @@ from peft import LoraConfig, get_peft_model
 
 from anyrank import AnyRankConfig, export_lora
 from anyrank.errors import ConfigError, RankError, RunError
-from anyrank.export.lora import SavedAdapter, lora_size
+from anyrank.export.adapter import SavedAdapter
+from anyrank.export.lora import lora_size
 
 SMALL = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
 BASES = {

@@ -123,7 +123,7 @@ def _export_adapter(
         else:
             from .gguf import export_gguf_lora
 
-            export_gguf_lora(adapter, target, rank, base=options.base)
+            target = export_gguf_lora(adapter, target, rank, base=options.base)
         yield f"rank {rank}: {target}"
     if form == "lora":
         yield _serve(adapter, targets)

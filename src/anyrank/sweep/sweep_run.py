@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer
 
 from ..errors import ConfigError
-from ..export.lora import SavedAdapter, lora_size
+from ..export.adapter import SavedAdapter
+from ..export.lora import lora_size
 from ..training.arguments import DataArguments, ModelArguments
 from ..training.base import load_base
 from ..training.data import DataSource, load_rows, split_rows

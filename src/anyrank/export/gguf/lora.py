@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...files import refuse_file, refuse_filled
-from ..lora import SavedAdapter, lora_tensors
+from ..adapter import SavedAdapter
+from ..lora import lora_tensors
 from .architecture import Architecture, read_config
 from .write import SUFFIX, Planned, new_writer, write_gguf
 
