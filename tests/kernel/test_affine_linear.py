@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from anyrank.algebra import Update, adapter_output
-from anyrank.kernels import Affine, AffineFormat, affine_linear, fold_offsets, pack
+from anyrank.kernels import Affine, AffineFormat, Branch, adapted_linear, fold_offsets, pack
 
 D_IN, D_OUT = 96, 48
 GEOMETRIES = [  # tile, p, q
@@ -32,6 +34,10 @@ def update(p: int, q: int, core: str, dtype: torch.dtype = torch.float64) -> Upd
     shapes = [(D_OUT // q, D_IN // p)] if core == "dense" else [(3, D_IN // p), (D_OUT // q, 3)]
     parts = [torch.randn(shape, dtype=dtype).mul_(0.1).requires_grad_() for shape in shapes]
     return Update(tuple(parts), p, q, 0.7)
+
+
+def affine_linear(x: torch.Tensor, weight: Affine, updates: Sequence[Update] = ()) -> torch.Tensor:
+    return adapted_linear(x, weight, None, [Branch(update, inside=True) for update in updates])
 
 
 def relative_rms(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import IDS, LOW_RANK, adapted, config, fill, layers, llama, nf4
+from tiny import IDS, LOW_RANK, adapted, config, fill, layers, llama, nf4, quantized
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -48,6 +48,10 @@ def naive(layer: AnyRankLinear, x: torch.Tensor, k: int) -> torch.Tensor:
     return y + adapter.scale * (x @ (repeat @ core @ pool).T)
 
 
+def plain(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, linear.weight, linear.bias)
+
+
 def relative_rms(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).pow(2).mean() / wanted.pow(2).mean()).sqrt().item()
 
@@ -88,6 +92,50 @@ def test_an_nf4_base_computes_its_own_product_and_the_adapter_is_added(method):
     (gradient,) = torch.autograd.grad(y, x, upstream)
     (reference,) = torch.autograd.grad(wanted, x, upstream.double())
     assert relative_rms(gradient.double(), reference.double()) < 1e-6
+
+
+# torch.compile makes an instance of autograd.Function, of which autograd.Function warns
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("base", ["float", "nf4", "affine"])
+@pytest.mark.parametrize("method", ["qdylora", "qbara", "qalora"])
+def test_a_layer_compiles_without_a_graph_break(method, base):
+    model = adapted(quantized(llama()) if base == "affine" else llama(), method, lora_dropout=0.1)
+    layer = layers(model)[0]
+    if base == "nf4":
+        layer.base_layer = nf4(64, 64, compute=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mode in (True, False):
+        layer.train(mode)
+        x = torch.randn(2, 7, 64, requires_grad=True)
+        y = compiled(x)
+        got = torch.autograd.grad(y.sum(), (x, layer.anyrank_B["default"]))
+        assert all(gradient.abs().sum() > 0 for gradient in got)
+        if not mode:  # in training the two draw different masks
+            wanted = torch.autograd.grad(layer(x).sum(), (x, layer.anyrank_B["default"]))
+            for mine, theirs in zip(got, wanted, strict=True):
+                assert relative_rms(mine, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass"])
+def test_a_base_layer_that_does_more_than_its_product_is_called(kind):
+    base = nn.Linear(D_IN, D_OUT)
+    if kind == "hook":
+        base.register_forward_hook(lambda module, args, y: 2 * y)
+    else:
+        base.__class__ = type("Loud", (nn.Linear,), {"forward": lambda self, x: 2 * plain(self, x)})
+    layer = wrap(base, "lora")
+    x = torch.randn(5, D_IN, dtype=torch.float64)
+    wanted = 2 * plain(layer.base_layer, x) + x @ layer.get_delta_weight("default").T
+    assert relative_rms(layer(x), wanted) < 1e-13
+
+
+def test_a_base_weight_that_is_trained_too_gets_its_gradient():
+    layer = wrap(nn.Linear(D_IN, D_OUT), "lora")
+    layer.base_layer.weight.requires_grad_(True)
+    x, upstream = torch.randn(5, D_IN).double(), torch.randn(5, D_OUT).double()
+    layer(x).backward(upstream)
+    assert relative_rms(layer.base_layer.weight.grad, upstream.T @ x) < 1e-13
 
 
 def test_an_nf4_base_still_passes_gradients_after_an_evaluation():

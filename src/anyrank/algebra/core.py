@@ -27,6 +27,8 @@ def rows(a: Tensor, b: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
     Returns:
         A[:k] of [k, d_in/p] and B[:, :k] of [d_out/q, k].
     """
+    if k == len(a) and not first:
+        return a, b
     a_k, b_k = a[:k], b[:, :k]
     if first:
         a_k = torch.cat((a_k[:first].detach(), a_k[first:]))

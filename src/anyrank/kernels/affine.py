@@ -1,27 +1,22 @@
-"""A linear layer on affine codes, with the adapter inside of the offsets.
+"""A weight of affine codes, with the adapter inside of the offsets.
 
     W[i, j] = scale[t] * code[i, j] + offset[t],        t: the tile of rows x columns around (i, j)
     offset' = round(offset + s C / p),                  for an update that is constant on tiles
-    y       = x (scale * code + offset')^T
 
 The rounding to the storage precision is the one that the folded file has, so what is trained is
-what is deployed. Backward: straight through the rounding, by pooled inputs and summed outputs,
-
-    u = P x,  v = R^T g:     dS = s v^T u,     dA = s (v B)^T u,     dB = s v^T (u A^T)
-
-so no gradient of the size of W is ever made, and of the input only P x is kept.
+what is deployed. Gradients pass straight through it (linear.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..algebra import Update, pool
+from ..algebra import Update
 from .bits import unpack
 
 CPU_CHUNK = 2**20  # weights
@@ -98,6 +93,13 @@ class Affine(NamedTuple):
             w[first : first + step] = self._rows(first, first + step)
         return w
 
+    def dense(self, dtype: torch.dtype, inside: Sequence[Update] = ()) -> Tensor:
+        """W with the updates folded into its offsets one after the other."""
+        offsets = self.offsets
+        for update in inside:
+            offsets = fold_offsets(offsets, update, self.form.tile)
+        return self._replace(offsets=offsets).weight(dtype)
+
     def _rows(self, first: int, last: int) -> Tensor:
         """Some rows of W in float32; whole tiles of them."""
         tall, columns = self.form.tile
@@ -126,87 +128,3 @@ def fold_offsets(offsets: Tensor, update: Update, tile: tuple[int, int]) -> Tens
     wide = torch.float32 if offsets.device.type == "mps" else torch.float64
     core = tuple(part.detach().to(wide) for part in update.core)
     return (offsets.to(wide) + update._replace(core=core).on_tiles(*tile)).to(offsets.dtype)
-
-
-def affine_linear(x: Tensor, weight: Affine, updates: Sequence[Update] = ()) -> Tensor:
-    """y = x W'^T, with the updates folded into the offsets one after the other.
-
-    Args:
-        x: [..., d_in]; the product is computed in its dtype, or in that of autocast.
-        weight: the frozen weight.
-        updates: constant on the tiles of the weight.
-
-    Returns:
-        [..., d_out].
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    core = [part for update in updates for part in update.core]
-    shapes = tuple((len(u.core), u.p, u.q, u.scale) for u in updates)
-    trained = torch.is_grad_enabled() and any(part.requires_grad for part in core)
-    return _AffineLinear.apply(x, weight, shapes, trained, *core)  # type: ignore[return-value]
-
-
-def _updates(shapes: tuple[tuple[int, int, int, float], ...], core: Sequence[Tensor]):
-    parts = iter(core)
-    for count, p, q, scale in shapes:
-        yield Update(tuple(next(parts) for _ in range(count)), p, q, scale)
-
-
-def _folded(weight: Affine, updates: Sequence[Update], dtype: torch.dtype) -> Tensor:
-    """W' [d_out, d_in]."""
-    offsets = weight.offsets
-    for update in updates:
-        offsets = fold_offsets(offsets, update, weight.form.tile)
-    return weight._replace(offsets=offsets).weight(dtype)
-
-
-class _AffineLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Affine, shapes: Any, trained: bool, *core: Tensor
-    ) -> Tensor:
-        updates = list(_updates(shapes, core))
-        ctx.weight, ctx.shapes, ctx.x_dtype = weight, shapes, x.dtype
-        pools = {update.p for update in updates} if trained else set()
-        pooled = {p: pool(x, p).reshape(-1, x.shape[-1] // p) for p in sorted(pools)}
-        ctx.pools = tuple(pooled)
-        ctx.save_for_backward(*core, *pooled.values())
-        return torch.nn.functional.linear(x, _folded(weight, updates, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (g,) = gradients
-        saved = ctx.saved_tensors  # once: checkpointing unpacks every tensor a single time
-        count = len(saved) - len(ctx.pools)
-        updates = list(_updates(ctx.shapes, saved[:count]))
-        pooled = dict(zip(ctx.pools, saved[count:], strict=True))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ _folded(ctx.weight, updates, ctx.x_dtype)
-        wanted = iter(ctx.needs_input_grad[4:])
-        g = g.reshape(-1, g.shape[-1])
-        found: list[Tensor | None] = []
-        for update in updates:
-            needed = [next(wanted) for _ in update.core]
-            if not any(needed):
-                found += [None] * len(needed)
-                continue
-            v = g if update.q == 1 else g.unflatten(-1, (-1, update.q)).sum(-1)
-            found += _core_gradients(update, pooled[update.p], v, needed)
-        return dx, None, None, None, *found
-
-
-def _core_gradients(
-    update: Update, u: Tensor, v: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of (A, B) or (S,) from u [tokens, d_in/p] and v [tokens, d_out/q]."""
-    if len(update.core) == 1:
-        return [(v.T @ u * update.scale).to(update.core[0].dtype)]
-    a, b = update.core
-    da = (v @ b.to(v.dtype)).T @ u * update.scale if needed[0] else None
-    db = v.T @ (u @ a.to(u.dtype).T) * update.scale if needed[1] else None
-    return [
-        None if d is None else d.to(part.dtype)
-        for d, part in zip((da, db), update.core, strict=True)
-    ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..algebra import Update
 from ..errors import GeometryError
-from ..kernels import Affine, AffineFormat, affine_linear, fold_offsets, tile_name
+from ..kernels import Affine, AffineFormat, Branch, adapted_linear, fold_offsets, tile_name
 from .base import FrozenWeight
 
 
@@ -66,8 +66,8 @@ class AffineLinear(nn.Linear):
 
     def forward(self, input: Tensor, updates: Sequence[Update] = ()) -> Tensor:
         """[..., d_in] to [..., d_out], with the updates inside of the offsets."""
-        y = affine_linear(input, self.affine, updates)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        branches = [Branch(update, inside=True) for update in updates]
+        return adapted_linear(input, self.affine, self.bias, branches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffineLinear:
         stored = {name: getattr(self, name) for name in ("scales", "offsets")}
@@ -99,6 +99,15 @@ class AffineWeight(FrozenWeight):
     def read(self) -> Tensor:
         """W in float32."""
         return self.layer.affine.weight()
+
+    @staticmethod
+    def forward() -> Callable[..., Tensor]:
+        """That of AffineLinear."""
+        return AffineLinear.forward
+
+    def dense(self, dtype: torch.dtype, inside: Sequence[Update] = ()) -> Tensor:
+        """W in `dtype`, with the updates folded into its offsets."""
+        return self.layer.affine.dense(dtype, inside)
 
     def fold_obstacle(self, p: int, q: int) -> str | None:
         """Some tile of the weight would not lie inside one tile of the update."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..algebra import Update
@@ -26,6 +28,44 @@ class FrozenWeight(ABC):
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+
+    @staticmethod
+    @abstractmethod
+    def forward() -> Callable[..., Tensor]:
+        """The forward of this kind of layer: W x + b and nothing else."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b [d_out], if the layer has one."""
+        return self.layer.bias
+
+    def computes(self, x: Tensor) -> bool:
+        """Whether W x + b made from `dense` is all that the layer does with x.
+
+        Not for a subclass with a forward of its own, for a layer with hooks (a weight that is
+        offloaded, for one), or for a weight that is trained itself; nor for a single token without
+        gradients, for which the layer may have a faster product.
+        """
+        layer = self.layer
+        if not torch.is_grad_enabled() and x.numel() == self.d_in:
+            return False
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        plain = type(layer).forward is self.forward() and "forward" not in vars(layer)
+        return plain and not hooked and not self.is_trained
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weight itself, or its bias, gets a gradient."""
+        return any(parameter.requires_grad for parameter in self.layer.parameters(recurse=False))
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the layer computes W x."""
+        return x.dtype
+
+    def dense(self, dtype: torch.dtype, inside: Sequence[Update] = ()) -> Tensor:
+        """W [d_out, d_in] in `dtype`, with the updates that it absorbs; may share memory."""
+        assert not inside
+        return self.read().to(dtype)
 
     def prepare(self) -> None:  # noqa: B027 (most weights need nothing)
         """Make the layer ready to train an adapter beside it; called when one is attached."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from ..algebra import Update
 from .base import FrozenWeight
@@ -14,6 +16,11 @@ class DenseWeight(FrozenWeight):
     def __init__(self, layer) -> None:
         super().__init__(layer)
         self.d_in, self.d_out = layer.in_features, layer.out_features
+
+    @staticmethod
+    def forward() -> Callable[..., Tensor]:
+        """That of nn.Linear."""
+        return nn.Linear.forward
 
     def read(self) -> Tensor:
         """W, sharing memory with the layer."""
@@ -42,6 +49,13 @@ class TransposedWeight(DenseWeight):
     def __init__(self, layer) -> None:
         FrozenWeight.__init__(self, layer)
         self.d_in, self.d_out = layer.weight.shape
+
+    @staticmethod
+    def forward() -> Callable[..., Tensor]:
+        """That of Conv1D."""
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D.forward
 
     def read(self) -> Tensor:
         """W as a transposed view that shares memory with the layer."""

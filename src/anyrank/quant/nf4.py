@@ -5,6 +5,9 @@ w = absmax_block * table[code]: there is no offset, so nothing folds into it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from ..algebra import Update
@@ -33,6 +36,18 @@ class NF4Weight(FrozenWeight):
                 weight.data, weight.quant_state
             )
         self.layer.support_avx512bf16_for_cpu = False
+
+    @staticmethod
+    def forward() -> Callable[..., Tensor]:
+        """That of Linear4bit."""
+        from bitsandbytes.nn.modules import Linear4bit
+
+        return Linear4bit.forward
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The compute dtype of the layer; that of x where none was chosen."""
+        chosen = self.layer.compute_dtype if self.layer.compute_type_is_set else None
+        return chosen or x.dtype
 
     def read(self) -> Tensor:
         """W dequantized, in the dtype that it had before quantization."""

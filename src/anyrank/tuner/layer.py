@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..algebra import LOW_RANK, Geometry, Update, adapter_output, rows
 from ..errors import MergeError, RankError
+from ..kernels import Branch, adapted_linear
 from ..quant import FrozenWeight, frozen_weight
 from .config import AnyRankConfig
 
@@ -48,6 +49,7 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
+        self._weight: FrozenWeight | None = None
         weight = self.base_weight
         weight.prepare()
         self.in_features, self.out_features = weight.d_in, weight.d_out
@@ -55,7 +57,7 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         self.anyrank_A = nn.ParameterDict()
         self.anyrank_B = nn.ParameterDict()
         self.anyrank_S = nn.ParameterDict()
-        self.anyrank_dropout = nn.ModuleDict()
+        self.anyrank_dropout = nn.ModuleDict()  # only their p is used; TRL finds and changes it
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
         self._before_merge: list[Tensor | None] = []
@@ -63,7 +65,10 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
     @property
     def base_weight(self) -> FrozenWeight:
         """The frozen weight W behind its storage."""
-        return frozen_weight(self.get_base_layer(), self.layer_name)
+        layer = self.get_base_layer()
+        if self._weight is None or self._weight.layer is not layer:
+            self._weight = frozen_weight(layer, self.layer_name)
+        return self._weight
 
     def add_adapter(self, name: str, config: AnyRankConfig) -> None:
         """Attach a fresh adapter, which changes no output: B = 0, or S = 0."""
@@ -118,29 +123,40 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.adapters]
-        inside = [name for name in active if self._absorbed(name)]
-        if inside:
-            kwargs["updates"] = [self.update(name) for name in inside]
+        branches = [
+            Branch(self.update(name), self._absorbed(name), self._dropout(name))
+            for name in self.active_adapters
+            if name in self.adapters
+        ]
+        weight = self.base_weight
+        if args or kwargs or not weight.computes(x):
+            return self._beside(x, branches, *args, **kwargs)
+        dtype = weight.product_dtype(x)
+        return adapted_linear(x, weight, weight.bias, branches, dtype=dtype, reader=id(self))
+
+    def _beside(self, x: Tensor, branches: list[Branch], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer as it computes itself, and the adapters by the equation."""
+        if inside := [branch.update for branch in branches if branch.inside]:
+            kwargs["updates"] = inside
         y = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            if name not in inside:
-                y = y + self.adapter_forward(self._dropped(x, name), name).to(y.dtype)
-            elif self.training and name in self.anyrank_dropout:
-                y = y + self.adapter_forward(self._dropped(x, name) - x, name).to(y.dtype)
+        for update, is_inside, dropout in branches:
+            if is_inside and not dropout:
+                continue
+            dropped = nn.functional.dropout(x, dropout) if dropout else x
+            core = [factor.to(x.dtype) for factor in update.core]
+            change = dropped - x if is_inside else dropped
+            y = y + adapter_output(change, core, *update[1:]).to(y.dtype)
         return y
 
     def _absorbed(self, name: str) -> bool:
         geometry = self.adapters[name].geometry
         return self.base_weight.absorbs(geometry.p, geometry.q)
 
-    def _dropped(self, x: Tensor, name: str) -> Tensor:
-        return self.anyrank_dropout[name](x) if name in self.anyrank_dropout else x
-
-    def adapter_forward(self, x: Tensor, name: str) -> Tensor:
-        """s_k R C_k P x; only the small factors are cast to the dtype of x."""
-        core, p, q, scale = self.update(name)
-        return adapter_output(x, [factor.to(x.dtype) for factor in core], p, q, scale)
+    def _dropout(self, name: str) -> float:
+        """The probability of dropout in this pass: none in evaluation."""
+        if name not in self.anyrank_dropout or not self.training:
+            return 0.0
+        return float(self.anyrank_dropout[name].p)  # type: ignore[arg-type]
 
     def update(self, name: str) -> Update:
         """s_k R C_k P at the rank in use."""

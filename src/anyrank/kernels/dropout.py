@@ -1,0 +1,100 @@
+"""Dropout with one mask for all who read an input, and few random numbers.
+
+    D x = m x / (1 - p),    m_i = 0 with probability p, else 1, independently
+
+On a CPU a random number per element costs more than the rest of an adapter. For small p the gaps
+between zeros are drawn instead, which follow the geometric distribution: p numbers per element, the
+same law, and 4 p bytes per element to remember where.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .shared import shared
+
+SPARSE = 0.2  # up to this p, positions take less memory than a mask of one byte per element
+
+
+class Dropped(NamedTuple):
+    """An input after dropout.
+
+    Attributes:
+        x: D x of [tokens, d].
+        at: where m = 0: flat positions as int32 [zeros], or m itself as bool [tokens, d].
+    """
+
+    x: Tensor
+    at: Tensor
+
+
+def transpose_(z: Tensor, at: Tensor, keep: float) -> Tensor:
+    """D^T z in place.
+
+    Args:
+        z: [tokens, d], contiguous.
+        at: as in `Dropped`.
+        keep: 1 - p.
+    """
+    if at.dtype == torch.bool:
+        z.mul_(at)
+    else:
+        z.view(-1).index_fill_(0, at.long(), 0)
+    return z.div_(keep)
+
+
+def zero_positions(n: int, p: float) -> Tensor:
+    """Which of n elements are zeroed, each with probability p, on the CPU: sorted, int32."""
+    found = torch.zeros(0, dtype=torch.int64)
+    last = -1
+    while last < n - 1:
+        expected = (n - 1 - last) * p
+        count = int(expected + 6 * expected**0.5) + 8  # short once in 10^9 draws; then once more
+        gaps = torch.empty(count, dtype=torch.float64).geometric_(p).long()
+        found = torch.cat((found, gaps.cumsum(0).add_(last)))
+        last = int(found[-1])
+    return found[: int(torch.searchsorted(found, n))].int()
+
+
+def dropped(flat: Tensor, p: float) -> Dropped:
+    """Draw a mask and apply it.
+
+    Args:
+        flat: [tokens, d], contiguous.
+        p: probability of a zero, 0 < p < 1.
+    """
+    compiling = torch.compiler.is_compiling()
+    if flat.device.type != "cpu" or p > SPARSE or compiling or flat.numel() >= 2**31:
+        x, at = torch.native_dropout(flat, p, True)
+        return Dropped(x, at)
+    at = zero_positions(flat.numel(), p)
+    x = flat.div(1 - p)
+    x.view(-1).index_fill_(0, at.long(), 0)
+    return Dropped(x, at)
+
+
+class _Drawn(NamedTuple):
+    result: Dropped
+    readers: set[int]
+
+
+def drop(x: Tensor, flat: Tensor, p: float, reader: int) -> Dropped:
+    """D x with the mask of the readers before, or a new one for a reader who comes again.
+
+    Args:
+        x: the input as the layers share it.
+        flat: the same as [tokens, d], in the dtype of the products.
+        p: probability of a zero, 0 < p < 1.
+        reader: which layer asks; a layer that runs twice on one input draws twice.
+    """
+    if torch.compiler.is_compiling():
+        return dropped(flat, p)
+    masks = shared(x, ("dropout", p, flat.dtype), list)
+    if not masks or reader in masks[-1].readers:
+        with torch.no_grad():
+            masks.append(_Drawn(dropped(flat.contiguous(), p), set()))
+    masks[-1].readers.add(reader)
+    return masks[-1].result

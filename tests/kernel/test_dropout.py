@@ -1,0 +1,106 @@
+"""Dropout by gaps: the law of independent zeros, one mask per input, and its transpose."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from anyrank.kernels import dropout
+from anyrank.kernels.shared import _slot, shared
+
+
+def draw(x: torch.Tensor, p: float, reader: int) -> torch.Tensor:
+    return dropout.drop(x, x.detach(), p, reader).x
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.2])
+def test_zeros_come_at_the_rate_p_each_place_alike_and_independent_of_the_one_before(p):
+    torch.manual_seed(0)
+    n, draws = 1000, 2000
+    zeros = torch.zeros(draws, n)
+    for row in zeros:
+        at = dropout.zero_positions(n, p)
+        assert at.dtype == torch.int32
+        row[at.long()] = 1
+    error = (p * (1 - p) / (n * draws)) ** 0.5
+    assert abs(zeros.mean() - p) < 4 * error
+    places = zeros.mean(0)
+    assert (places - p).abs().max() < 5 * (p * (1 - p) / draws) ** 0.5
+    assert abs(places[0] - p) < 4 * (p * (1 - p) / draws) ** 0.5
+    assert abs(places[-1] - p) < 4 * (p * (1 - p) / draws) ** 0.5
+    pairs = (zeros[:, 1:] * zeros[:, :-1]).mean()
+    assert abs(pairs - p * p) < 5 * (p * p / (n * draws)) ** 0.5
+
+
+def test_a_draw_that_falls_short_goes_on(monkeypatch):
+    torch.manual_seed(0)
+    whole = dropout.zero_positions(5000, 0.1)
+    real = torch.Tensor.geometric_
+    sizes = []
+
+    def few(self: torch.Tensor, p: float) -> torch.Tensor:
+        sizes.append(len(self))
+        return real(self[:3], p)
+
+    monkeypatch.setattr(torch.Tensor, "geometric_", few)
+    at = dropout.zero_positions(5000, 0.1)
+    assert len(sizes) > 100
+    assert (at.diff() > 0).all()
+    assert at.min() >= 0
+    assert at.max() < 5000
+    assert abs(len(at) - len(whole)) < 150
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_what_is_kept_is_scaled_and_the_transpose_zeros_the_same_places(p):
+    torch.manual_seed(0)
+    x = torch.randn(40, 30, dtype=torch.float64)
+    result = dropout.dropped(x, p)
+    factor = result.x / x
+    assert set(factor.unique().round(decimals=12).tolist()) == {0.0, round(1 / (1 - p), 12)}
+    z = torch.randn_like(x)
+    assert torch.allclose(dropout.transpose_(z.clone(), result.at, 1 - p), z * factor, rtol=1e-14)
+    small = {0.05: torch.int32, 0.5: torch.bool}
+    assert result.at.dtype == small[p]
+    assert result.at.nbytes < x.numel() * 1.01
+
+
+def test_readers_of_one_input_share_its_mask_and_a_reader_who_comes_again_gets_another():
+    torch.manual_seed(0)
+    x = torch.randn(20, 30)
+    first = draw(x, 0.1, 1)
+    assert torch.equal(draw(x, 0.1, 2), first)
+    second = draw(x, 0.1, 1)
+    assert not torch.equal(second, first)
+    assert torch.equal(draw(x, 0.1, 2), second)
+    assert not torch.equal(draw(x.clone(), 0.1, 3), second)
+
+
+def test_one_seed_is_one_mask():
+    x = torch.randn(20, 30)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(draw(x.clone(), 0.1, 1))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_what_is_shared_goes_with_its_input_and_with_a_change_of_it():
+    x = torch.ones(3)
+    first, second = torch.full((3,), 2.0), torch.full((3,), 4.0)
+    assert shared(x, "twice", lambda: first) is first
+    assert shared(x, "twice", lambda: second) is first
+    x.add_(1)
+    assert shared(x, "twice", lambda: second) is second
+    del x
+    gc.collect()
+    assert _slot.source is None
+    assert not _slot.made
+
+
+def test_nothing_shared_carries_a_gradient():
+    x = torch.ones(3, requires_grad=True)
+    assert not shared(x, "twice", lambda: x * 2).requires_grad
