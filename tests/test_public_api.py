@@ -24,6 +24,7 @@ PUBLIC = [
     "evaluate_ranks",
     "export_lora",
     "fold_run",
+    "lean_decoder",
     "quantize_model",
 ]
 STDLIB = {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .training.callback import RankCallback as RankCallback
     from .training.plan import RankPlan as RankPlan
     from .tuner import AnyRankConfig as AnyRankConfig
+    from .tuner.decoder import lean_decoder as lean_decoder
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "RankPlan": "training.plan",
     "RankCallback": "training.callback",
     "export_lora": "export.lora",
+    "lean_decoder": "tuner.decoder",
     "evaluate_ranks": "sweep.evaluate",
     "fold_run": "sweep.fold_run",
     "quantize_model": "quantize.model",

@@ -54,14 +54,14 @@ def test_a_draw_that_falls_short_goes_on(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_what_is_kept_is_scaled_and_the_transpose_zeros_the_same_places(p):
+def test_what_is_kept_is_scaled_and_its_transpose_is_the_same(p):
     torch.manual_seed(0)
     x = torch.randn(40, 30, dtype=torch.float64)
     result = dropout.dropped(x, p)
     factor = result.x / x
     assert set(factor.unique().round(decimals=12).tolist()) == {0.0, round(1 / (1 - p), 12)}
     z = torch.randn_like(x)
-    assert torch.allclose(dropout.transpose_(z.clone(), result.at, 1 - p), z * factor, rtol=1e-14)
+    assert torch.allclose(dropout.apply_(z.clone(), result.at, 1 - p), z * factor, rtol=1e-14)
     small = {0.05: torch.int32, 0.5: torch.bool}
     assert result.at.dtype == small[p]
     assert result.at.nbytes < x.numel() * 1.01

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..algebra import Update
 from .bits import unpack
+from .triton_available import available
 
 CPU_CHUNK = 2**20  # weights
 
@@ -95,6 +96,10 @@ class Affine(NamedTuple):
 
     def dense(self, dtype: torch.dtype, inside: Sequence[Update] = ()) -> Tensor:
         """W with the updates folded into its offsets one after the other."""
+        if available(self.codes.device) and not torch.compiler.is_compiling():
+            from .triton_affine import affine_weight
+
+            return affine_weight(self, dtype, inside)
         offsets = self.offsets
         for update in inside:
             offsets = fold_offsets(offsets, update, self.form.tile)

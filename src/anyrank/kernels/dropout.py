@@ -31,8 +31,8 @@ class Dropped(NamedTuple):
     at: Tensor
 
 
-def transpose_(z: Tensor, at: Tensor, keep: float) -> Tensor:
-    """D^T z in place.
+def apply_(z: Tensor, at: Tensor, keep: float) -> Tensor:
+    """D z in place, which is D^T z as well.
 
     Args:
         z: [tokens, d], contiguous.
@@ -68,12 +68,10 @@ def dropped(flat: Tensor, p: float) -> Dropped:
     """
     compiling = torch.compiler.is_compiling()
     if flat.device.type != "cpu" or p > SPARSE or compiling or flat.numel() >= 2**31:
-        x, at = torch.native_dropout(flat, p, True)
-        return Dropped(x, at)
-    at = zero_positions(flat.numel(), p)
-    x = flat.div(1 - p)
-    x.view(-1).index_fill_(0, at.long(), 0)
-    return Dropped(x, at)
+        at = torch.empty(flat.shape, dtype=torch.bool, device=flat.device).bernoulli_(1 - p)
+    else:
+        at = zero_positions(flat.numel(), p)
+    return Dropped(apply_(flat.clone(), at, 1 - p), at)
 
 
 class _Drawn(NamedTuple):

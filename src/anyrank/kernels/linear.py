@@ -10,8 +10,9 @@ per pass, each adapter added in place to the product of the base, and with these
 
 Sums (P x and R^T g) run over activations, where they shrink what follows; copies (R and P^T) run
 over the small factors, where they are almost free and the product adds in place. Of activations
-only u is kept, which is x itself where nothing is pooled or dropped, and u A^T of k columns. An
-update inside of W (folded into its offsets) has the same gradients.
+only u is kept, which is x itself where nothing is pooled or dropped, and u A^T of k columns; where
+x can be made again (shared.py), not even that. An update inside of W (folded into its offsets) has
+the same gradients.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..algebra import Update, adapter_output, pool_columns, repeat, repeat_rows
-from .dropout import Dropped, drop, transpose_
-from .shared import shared
+from .dropout import Dropped, apply_, drop
+from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
 FACTOR_COLUMNS = 256  # up to here it is faster to copy a factor than its product (docs/log.md)
@@ -107,7 +108,7 @@ def adapted_linear(
     for branch in branches:
         tensors += (*branch.update.core, *_inputs(x, flat, branch, masks.get(branch.dropout)))
     specs = tuple(_Spec.of(branch) for branch in branches)
-    y: Any = _AdaptedLinear.apply(x, weight, bias, specs, flat, *tensors)
+    y: Any = _AdaptedLinear.apply(x, weight, bias, specs, recipe_of(x), flat, *tensors)
     return y if autocast else y.to(x.dtype)
 
 
@@ -158,19 +159,27 @@ def _inside(specs: Sequence[_Spec], tensors: Sequence[Any]) -> list[Update]:
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Matrix, bias: Tensor | None, specs: Any, flat: Tensor, *tensors
+        ctx: Any,
+        x: Tensor,
+        weight: Matrix,
+        bias: Tensor | None,
+        specs: tuple[_Spec, ...],
+        recipe: Recipe | None,
+        flat: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
         w = weight.dense(flat.dtype, _inside(specs, tensors))
         y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(flat.dtype))
         kept: list[Tensor | None] = []
         for (spec, core, u, change, at), needed in zip(
-            _parts(specs, tensors), _parts(specs, ctx.needs_input_grad[5:]), strict=True
+            _parts(specs, tensors), _parts(specs, ctx.needs_input_grad[6:]), strict=True
         ):
             u = flat if u is None else u
             added = change if spec.inside else u
             t = None if added is None else _add(y, spec, core, added)
-            kept += (*core, *_kept(spec, u, t, needed[1]), at)
-        ctx.save_for_backward(*kept)
+            kept += (*core, *_kept(spec, u, t, needed[1], recipe), at)
+        ctx.recipe = recipe and (len(recipe.tensors), recipe.make)
+        ctx.save_for_backward(*kept, *(recipe.tensors if recipe else ()))
         ctx.weight, ctx.specs, ctx.dtype, ctx.x_dtype = weight, specs, flat.dtype, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -185,8 +194,11 @@ class _AdaptedLinear(torch.autograd.Function):
         sums = {q: group_sum(g, q) for q in {spec.q for spec in ctx.specs}}
         found: list[Tensor | None] = []
         for (spec, core, u, t, at), needed in zip(
-            _parts(ctx.specs, saved), _parts(ctx.specs, ctx.needs_input_grad[5:]), strict=True
+            _parts(ctx.specs, saved), _parts(ctx.specs, ctx.needs_input_grad[6:]), strict=True
         ):
+            if u is None and ctx.recipe and _needs_u(spec, needed[1]):
+                count, make = ctx.recipe
+                u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at, spec.keep)
             outer = (core[-1] * spec.scale).to(ctx.dtype)
             h = sums[spec.q] @ outer  # s C^T v of a dense core, s B^T v of a low-rank one
             found += _core_gradients(spec, core, needed[1], (u, t, sums[spec.q], h))
@@ -195,7 +207,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 _add_input_gradient(dx, spec, core, h, at)
         if dx is not None:
             dx = dx.view(*shape, dx.shape[-1]).to(ctx.x_dtype)
-        return dx, None, g.sum(0) if wants_bias else None, None, None, *found
+        return dx, None, g.sum(0) if wants_bias else None, None, None, None, *found
 
 
 def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor) -> Tensor:
@@ -213,13 +225,25 @@ def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor) -> Tensor:
     return t
 
 
+def _needs_u(spec: _Spec, needed: Sequence[bool]) -> bool:
+    """Whether a gradient of (A, B) or (S,) is made from u; that of B is made from A u if kept."""
+    return needed[0] or (spec.inside and any(needed))
+
+
 def _kept(
-    spec: _Spec, u: Tensor, t: Tensor | None, needed: Sequence[bool]
+    spec: _Spec, u: Tensor, t: Tensor | None, needed: Sequence[bool], recipe: Recipe | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the gradients of (A, B) or (S,) need of u and of A u; with A frozen, A u alone."""
-    if len(needed) == 1 or spec.inside:
-        return (u if any(needed) else None), None
-    return (u if needed[0] else None), (t if needed[1] else None)
+    """What of u and A u is kept for the gradients of (A, B) or (S,)."""
+    again = recipe is not None and spec.p == 1
+    keeps_t = len(needed) == 2 and needed[1] and not spec.inside
+    return u if _needs_u(spec, needed) and not again else None, t if keeps_t else None
+
+
+def _made_again(recipe: Recipe, dtype: torch.dtype, at: Tensor | None, keep: float) -> Tensor:
+    """u = D x [tokens, d_in], x by its recipe."""
+    x = recipe.remade()
+    u = x.reshape(-1, x.shape[-1]).to(dtype)
+    return u if at is None else apply_(u.clone(), at, keep)
 
 
 def _core_gradients(
@@ -259,4 +283,4 @@ def _add_input_gradient(
         z = repeat(h if a is None else h @ a, spec.p) / spec.p
     if spec.inside:
         dx.sub_(z)
-    dx.add_(z if at is None else transpose_(z, at, spec.keep))
+    dx.add_(z if at is None else apply_(z, at, spec.keep))

@@ -1,7 +1,9 @@
 """What several layers make of one input: made once.
 
 q, k and v read the same tensor, and so do gate and up. Its cast, its pooled form and its dropout
-mask are kept for the layers that follow, until another tensor is read or this one is gone.
+mask are kept for the layers that follow, until another tensor is read or this one is gone. If it is
+the output of a norm or of a gated product, they also learn how to make it again instead of keeping
+it for the backward pass.
 
 Layers that share a dropout mask must lie in one region of gradient checkpointing, as those of a
 decoder layer do: a region is computed again with the random state of its own start.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +45,33 @@ class _Slot(threading.local):
 
 
 _slot = _Slot()
+
+
+class Recipe(NamedTuple):
+    """How to make a tensor again, from tensors that are kept for the backward pass anyway.
+
+    Attributes:
+        tensors: what it is made of; the first belongs to no other recipe.
+        make: makes it, bit for bit, without gradients.
+    """
+
+    tensors: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+
+    def remade(self) -> Tensor:
+        """The tensor, made once for all who need it in a row."""
+        return shared(self.tensors[0], "remade", lambda: self.make(*self.tensors))
+
+
+def can_be_remade(x: Tensor, recipe: Recipe) -> None:
+    """Tell the layers that read x next that they need not keep it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _slot.of(x)["recipe"] = recipe
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """How to make x again, if that is known."""
+    return None if torch.compiler.is_compiling() else _slot.of(x).get("recipe")
 
 
 def shared(x: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -5,13 +5,14 @@ w = absmax_block * table[code]: there is no offset, so nothing folds into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..algebra import Update
 from ..errors import MergeError
+from ..kernels.triton_available import available
 from .base import FrozenWeight
 
 
@@ -48,6 +49,15 @@ class NF4Weight(FrozenWeight):
         """The compute dtype of the layer; that of x where none was chosen."""
         chosen = self.layer.compute_dtype if self.layer.compute_type_is_set else None
         return chosen or x.dtype
+
+    def dense(self, dtype: torch.dtype, inside: Sequence[Update] = ()) -> Tensor:
+        """W dequantized in one launch where Triton is at hand."""
+        packed, state = self.layer.weight.data, self.layer.weight.quant_state
+        if available(packed.device) and not torch.compiler.is_compiling():
+            from ..kernels.triton_nf4 import nf4_weight
+
+            return nf4_weight(packed, state, dtype)
+        return super().dense(dtype, inside)
 
     def read(self) -> Tensor:
         """W dequantized, in the dtype that it had before quantization."""

@@ -55,6 +55,9 @@ class ModelArguments:
     load_in_4bit: bool | None = _option(
         None, "Hold a float base in NF4; default: as the method says (qlora, qdylora, qbara, ...)."
     )
+    lean: bool = _option(
+        True, "Norms and gated MLPs that keep less for the backward pass; the same outputs."
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):

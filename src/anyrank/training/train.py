@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..errors import ConfigError, RunError
 from ..files import finite, new_files, read_json, require_disk, write_json, write_text
 from ..tuner import AnyRankConfig
+from ..tuner.decoder import lean_decoder
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
 from .base import load_base, load_tokenizer, wants_4bit
 from .callback import check_micro_batches
@@ -59,6 +60,8 @@ def train(
     set_seed(args.seed)
     base = load_base(model, in_4bit=in_4bit, trust_remote_code=args.trust_remote_code)
     base.config.use_cache = False
+    if model.lean and args.n_gpu <= 1:  # DataParallel copies would run the first one's modules
+        lean_decoder(base)
     trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
     if checkpoint is not None:
         _check_base(trainer, checkpoint)
