@@ -84,7 +84,7 @@ def test_an_input_that_is_made_again_gives_the_same_bits_and_is_not_kept(made, d
 @pytest.mark.parametrize("made", [norm, gated])
 def test_it_is_made_once_for_all_who_read_it(made, monkeypatch):
     calls = []
-    name = "anyrank.kernels.norm._remake" if made is norm else "anyrank.kernels.gated._product"
+    name = "anyrank.kernels.norm._remake" if made is norm else "anyrank.kernels.gated._activated"
     module, function = name.rsplit(".", 1)
     original = getattr(__import__(module, fromlist=[function]), function)
 
@@ -97,7 +97,7 @@ def test_it_is_made_once_for_all_who_read_it(made, monkeypatch):
     y = made(x)
     readers = [adapted_linear(y, weight, None, [Branch(update(1))], reader=i) for i in range(3)]
     sum(readers).sum().backward()
-    assert len(calls) == (1 if made is norm else 2)  # the product is made so in the forward too
+    assert len(calls) == (1 if made is norm else 2)  # once more for the gradient of up
 
 
 def test_what_no_gradient_needs_is_not_made():

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import ConfigError, nearest
-from .shared import Recipe, can_be_remade
+from .shared import Recipe, can_be_remade, shared
 
 
 class Activation(NamedTuple):
@@ -66,12 +66,13 @@ def gated_product(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if act not in ACTIVATIONS:
         raise ConfigError(f"activation {act!r} is unknown; {nearest(act, ACTIVATIONS)}")
     y: Any = _GatedProduct.apply(gate, up, act)
-    can_be_remade(y, Recipe((gate, up), lambda gate, up: _product(gate, up, act)))
+    can_be_remade(y, Recipe((gate, up), lambda gate, up: _activated(gate, act) * up))
     return y
 
 
-def _product(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    return _times(ACTIVATIONS[act].of(gate), up)
+def _activated(gate: Tensor, act: str) -> Tensor:
+    """act(gate), made once in the backward pass: down_proj needs it, and then the product does."""
+    return shared(gate, ("activated", act), lambda: ACTIVATIONS[act].of(gate))
 
 
 def _times(made: Tensor, other: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return _product(gate, up, act)
+        return _times(ACTIVATIONS[act].of(gate), up)
 
     @staticmethod
     @once_differentiable
@@ -96,5 +97,5 @@ class _GatedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_gate = act.gradient((g * up).to(gate.dtype), gate)
         if ctx.needs_input_grad[1]:
-            d_up = _times(act.of(gate), g).to(up.dtype)
+            d_up = (_activated(gate, ctx.act) * g).to(up.dtype)
         return d_gate, d_up, None

@@ -6,7 +6,7 @@
 per pass, each adapter added in place to the product of the base, and with these gradients:
 
     u = P D x,  v = R^T g:      dS = s v^T u,    dA = s (v B)^T u,    dB = s v^T (u A^T)
-    dx = g W + D^T P^T s C^T v
+    dx = g W + D P^T s C^T v
 
 Sums (P x and R^T g) run over activations, where they shrink what follows; copies (R and P^T) run
 over the small factors, where they are almost free and the product adds in place. Of activations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..algebra import Update, adapter_output, pool_columns, repeat, repeat_rows
-from .dropout import Dropped, apply_, drop
+from .dropout import Dropped, drop, zero_
 from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
@@ -115,7 +115,7 @@ def adapted_linear(
 def _inputs(
     x: Tensor, flat: Tensor, branch: Branch, mask: Dropped | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """u = P D x, None where it is x; for a branch inside of W, P D x - P x; where D is zero."""
+    """u = P M x, None where it is x; for a branch inside of W, P D x - P x; where M is zero."""
     p = branch.update.p
     if mask is None and p == 1:
         return None, None, None
@@ -124,11 +124,11 @@ def _inputs(
         return plain, None, None
     with torch.no_grad():
         u = group_mean(mask.x, p)
-        return u, u - plain if branch.inside else None, mask.at
+        return u, u / (1 - branch.dropout) - plain if branch.inside else None, mask.at
 
 
 class _Spec(NamedTuple):
-    """A branch without its tensors; keep = 1 - dropout."""
+    """A branch without its tensors; keep = 1 - dropout, by which D divides."""
 
     cores: int
     p: int
@@ -175,8 +175,8 @@ class _AdaptedLinear(torch.autograd.Function):
             _parts(specs, tensors), _parts(specs, ctx.needs_input_grad[6:]), strict=True
         ):
             u = flat if u is None else u
-            added = change if spec.inside else u
-            t = None if added is None else _add(y, spec, core, added)
+            added, keep = (change, 1.0) if spec.inside else (u, spec.keep)
+            t = None if added is None else _add(y, spec, core, added, keep)
             kept += (*core, *_kept(spec, u, t, needed[1], recipe), at)
         ctx.recipe = recipe and (len(recipe.tensors), recipe.make)
         ctx.save_for_backward(*kept, *(recipe.tensors if recipe else ()))
@@ -198,8 +198,8 @@ class _AdaptedLinear(torch.autograd.Function):
         ):
             if u is None and ctx.recipe and _needs_u(spec, needed[1]):
                 count, make = ctx.recipe
-                u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at, spec.keep)
-            outer = (core[-1] * spec.scale).to(ctx.dtype)
+                u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at)
+            outer = (core[-1] * (spec.scale / spec.keep)).to(ctx.dtype)
             h = sums[spec.q] @ outer  # s C^T v of a dense core, s B^T v of a low-rank one
             found += _core_gradients(spec, core, needed[1], (u, t, sums[spec.q], h))
             found += (None, None, None)
@@ -210,14 +210,14 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx, None, g.sum(0) if wants_bias else None, None, None, None, *found
 
 
-def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor) -> Tensor:
-    """y += s R C u in place.
+def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor, keep: float) -> Tensor:
+    """y += s R C u / keep in place.
 
     Returns:
         What the outer factor multiplies: A u of a low-rank core, u itself of a dense one.
     """
     t = u if len(core) == 1 else u @ core[0].to(u.dtype).T
-    outer = (core[-1] * spec.scale).to(u.dtype)
+    outer = (core[-1] * (spec.scale / keep)).to(u.dtype)
     if spec.q == 1 or t.shape[1] <= FACTOR_COLUMNS:
         y.addmm_(t, repeat_rows(outer, spec.q).T)
     else:
@@ -239,11 +239,14 @@ def _kept(
     return u if _needs_u(spec, needed) and not again else None, t if keeps_t else None
 
 
-def _made_again(recipe: Recipe, dtype: torch.dtype, at: Tensor | None, keep: float) -> Tensor:
-    """u = D x [tokens, d_in], x by its recipe."""
-    x = recipe.remade()
-    u = x.reshape(-1, x.shape[-1]).to(dtype)
-    return u if at is None else apply_(u.clone(), at, keep)
+def _made_again(recipe: Recipe, dtype: torch.dtype, at: Tensor | None) -> Tensor:
+    """u = M x [tokens, d_in], x by its recipe."""
+
+    def change(x: Tensor) -> Tensor:
+        u = x.reshape(-1, x.shape[-1]).to(dtype)
+        return u if at is None else zero_(u, at)  # it is in new memory: nobody else has it
+
+    return recipe.remade((dtype, None if at is None else at.data_ptr()), change)
 
 
 def _core_gradients(
@@ -262,14 +265,17 @@ def _core_gradients(
         if t is None:
             assert u is not None
             t = u if len(core) == 1 else u @ core[0].to(u.dtype).T
-        found[-1] = (v.T @ t).to(core[-1].dtype).mul_(spec.scale)
+        found[-1] = (v.T @ t).to(core[-1].dtype).mul_(spec.scale / spec.keep)
     return found
 
 
 def _add_input_gradient(
     dx: Tensor, spec: _Spec, core: Sequence[Tensor], h: Tensor, at: Tensor | None
 ) -> None:
-    """dx += D^T P^T s C^T v in place; a branch inside of W has P^T s C^T v in dx already."""
+    """dx += D P^T s C^T v in place; a branch inside of W has P^T s C^T v in dx already.
+
+    h holds the factor 1 / keep of D.
+    """
     a = core[0].to(h.dtype) if len(core) == 2 else None
     if spec.inside and at is None:
         return
@@ -282,5 +288,5 @@ def _add_input_gradient(
     else:
         z = repeat(h if a is None else h @ a, spec.p) / spec.p
     if spec.inside:
-        dx.sub_(z)
-    dx.add_(z if at is None else apply_(z, at, spec.keep))
+        dx.sub_(z, alpha=spec.keep)
+    dx.add_(z if at is None else zero_(z, at))

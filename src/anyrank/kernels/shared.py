@@ -58,9 +58,10 @@ class Recipe(NamedTuple):
     tensors: tuple[Tensor, ...]
     make: Callable[..., Tensor]
 
-    def remade(self) -> Tensor:
-        """The tensor, made once for all who need it in a row."""
-        return shared(self.tensors[0], "remade", lambda: self.make(*self.tensors))
+    def remade(self, form: Hashable, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The tensor after `change`, made once for all who need that form of it in a row."""
+        key = ("remade", form)
+        return shared(self.tensors[0], key, lambda: change(self.make(*self.tensors)))
 
 
 def can_be_remade(x: Tensor, recipe: Recipe) -> None:
