@@ -143,7 +143,10 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
                 sizes = {key: value}
                 if key == "hidden_size":  # two layers, so that the widest takes seconds
                     sizes |= {"intermediate_size": value * 11 // 4, "num_hidden_layers": 2}
-                    sizes |= {"num_attention_heads": value // 64, "num_key_value_heads": value // 64}
+                    sizes |= {
+                        "num_attention_heads": value // 64,
+                        "num_key_value_heads": value // 64,
+                    }
                 job |= {"sizes": sizes}
             jobs = {"peft": job | {"side": "peft"}, "ours": job | {"side": "qlora"}}
             found[f"{name} {value}"] = take_turns(jobs, max(args.rounds // 2, 1))

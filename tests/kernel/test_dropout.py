@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anyrank.kernels import dropout
-from anyrank.kernels.shared import _slot, shared
+from anyrank.kernels.shared import _recent, shared
 
 
 def draw(x: torch.Tensor, p: float, reader: int) -> torch.Tensor:
@@ -96,8 +96,15 @@ def test_what_is_shared_goes_with_its_input_and_with_a_change_of_it():
     assert shared(x, "twice", lambda: second) is second
     del x
     gc.collect()
-    assert _slot.source is None
-    assert not _slot.made
+    assert not _recent.entries
+
+
+def test_only_the_latest_inputs_are_remembered():
+    inputs = [torch.ones(3) for _ in range(6)]
+    made = [shared(x, "twice", lambda x=x: x * 2) for x in inputs]
+    again = [shared(x, "twice", lambda x=x: x * 2) for x in reversed(inputs)]
+    same = [a is b for a, b in zip(made, reversed(again), strict=True)]
+    assert same == [False, False, True, True, True, True]
 
 
 def test_nothing_shared_carries_a_gradient():

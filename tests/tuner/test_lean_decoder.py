@@ -26,17 +26,17 @@ OPTIONS = {**SHAPE, "vocab_size": 128, "pad_token_id": 0}
 HEADS = {**OPTIONS, "head_dim": 16}
 FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 EXPERTS = {**OPTIONS, "num_local_experts": 2, "num_experts_per_tok": 1}
-FAMILIES: dict[str, tuple[Callable[[], Any], int, int]] = {  # norms and gated MLPs to replace
-    "llama": (lambda: tf.LlamaConfig(**OPTIONS), 5, 2),
-    "llama with gelu": (lambda: tf.LlamaConfig(**OPTIONS, hidden_act="gelu"), 5, 2),
-    "llama with relu": (lambda: tf.LlamaConfig(**OPTIONS, hidden_act="relu"), 5, 0),
-    "qwen 3, with norms of heads": (lambda: tf.Qwen3Config(**HEADS), 9, 2),
-    "mistral": (lambda: tf.MistralConfig(**HEADS), 5, 2),
-    "gemma 2, norms of 1 + weight": (lambda: tf.Gemma2Config(**HEADS), 0, 2),
-    "olmo 2, norms rounded last": (lambda: tf.Olmo2Config(**OPTIONS), 0, 2),
-    "falcon, layer norms": (lambda: tf.FalconConfig(**FALCON), 0, 0),
-    "phi 3, gate_up in one": (lambda: tf.Phi3Config(**OPTIONS), 5, 0),
-    "mixtral, experts": (lambda: tf.MixtralConfig(**EXPERTS), 5, 0),
+FAMILIES: dict[str, tuple[Callable[[], Any], int, int, int]] = {  # norms, gated MLPs, pure
+    "llama": (lambda: tf.LlamaConfig(**OPTIONS), 5, 2, 0),
+    "llama with gelu": (lambda: tf.LlamaConfig(**OPTIONS, hidden_act="gelu"), 5, 2, 0),
+    "llama with relu": (lambda: tf.LlamaConfig(**OPTIONS, hidden_act="relu"), 5, 0, 0),
+    "qwen 3, with norms of heads": (lambda: tf.Qwen3Config(**HEADS), 9, 2, 0),
+    "mistral": (lambda: tf.MistralConfig(**HEADS), 5, 2, 0),
+    "gemma 2, norms of 1 + weight": (lambda: tf.Gemma2Config(**HEADS), 0, 2, 0),
+    "olmo 2, norms rounded last": (lambda: tf.Olmo2Config(**OPTIONS), 0, 2, 0),
+    "falcon, layer norms": (lambda: tf.FalconConfig(**FALCON), 0, 0, 5),
+    "phi 3, gate_up in one": (lambda: tf.Phi3Config(**OPTIONS), 5, 0, 2),
+    "mixtral, experts": (lambda: tf.MixtralConfig(**EXPERTS), 5, 0, 2),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -84,8 +84,9 @@ def test_what_matches_is_replaced_and_no_bit_of_the_logits_changes(family, dtype
     model = with_lora(built(family, dtype), lora_dropout=0.1, target_modules=targets)
     before, wanted = logits(model.eval()), gradients(model)
     lean = lean_decoder(model)
-    assert (lean.norms, lean.gated) == FAMILIES[family][1:]
-    assert len(replaced(model)) == lean.norms + lean.gated
+    assert (lean.norms, lean.gated, lean.pure) == FAMILIES[family][1:]
+    assert len(replaced(model)) == lean.norms + lean.gated + lean.pure
+    assert lean.losses == 1
     assert torch.equal(logits(model.eval()), before)
     assert relative_rms(gradients(model), wanted) < (2e-2 if dtype == torch.bfloat16 else 1e-6)
     lean.undo()

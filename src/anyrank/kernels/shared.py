@@ -1,8 +1,8 @@
 """What several layers make of one input: made once.
 
 q, k and v read the same tensor, and so do gate and up. Its cast, its pooled form and its dropout
-mask are kept for the layers that follow, until another tensor is read or this one is gone. If it is
-the output of a norm or of a gated product, they also learn how to make it again instead of keeping
+mask are kept for the layers that follow, until it is gone or others have been read. If it is the
+output of a norm or of a gated product, they also learn how to make it again instead of keeping
 it for the backward pass.
 
 Layers that share a dropout mask must lie in one region of gradient checkpointing, as those of a
@@ -14,37 +14,41 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+RECENT = 4  # two inputs of a layer with parallel attention, and what is made in between
 Made = TypeVar("Made")
 
 
-class _Slot(threading.local):
-    """The latest input of this thread, and what was made of it."""
+class _Entry(NamedTuple):
+    """What was made of one tensor, as long as it lives and stays as it is."""
 
-    source: weakref.ref[Tensor] | None = None
-    version = 0
+    source: weakref.ref[Tensor]
+    version: int
+    made: dict[Hashable, Any]
+
+
+class _Recent(threading.local):
+    """The tensors that this thread read last, by their identity."""
 
     def __init__(self) -> None:
-        self.made: dict[Hashable, Any] = {}
-
-    def forget(self, gone: weakref.ref[Tensor] | None = None) -> None:
-        if gone is None or gone is self.source:
-            self.source = None
-            self.made.clear()
+        self.entries: dict[int, _Entry] = {}
 
     def of(self, x: Tensor) -> dict[Hashable, Any]:
-        source = self.source
-        if source is None or source() is not x or self.version != x._version:
-            self.forget()
-            self.source, self.version = weakref.ref(x, self.forget), x._version
-        return self.made
+        entry = self.entries.pop(id(x), None)
+        if entry is None or entry.source() is not x or entry.version != x._version:
+            entry = _Entry(weakref.ref(x, partial(self.entries.pop, id(x))), x._version, {})
+        self.entries[id(x)] = entry  # now the last one
+        if len(self.entries) > RECENT:
+            del self.entries[next(iter(self.entries))]
+        return entry.made
 
 
-_slot = _Slot()
+_recent = _Recent()
 
 
 class Recipe(NamedTuple):
@@ -67,12 +71,12 @@ class Recipe(NamedTuple):
 def can_be_remade(x: Tensor, recipe: Recipe) -> None:
     """Tell the layers that read x next that they need not keep it."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _slot.of(x)["recipe"] = recipe
+        _recent.of(x)["recipe"] = recipe
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
     """How to make x again, if that is known."""
-    return None if torch.compiler.is_compiling() else _slot.of(x).get("recipe")
+    return None if torch.compiler.is_compiling() else _recent.of(x).get("recipe")
 
 
 def shared(x: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -89,7 +93,7 @@ def shared(x: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     if torch.compiler.is_compiling():
         with torch.no_grad():
             return make()
-    made = _slot.of(x)
+    made = _recent.of(x)
     if key not in made:
         with torch.no_grad():
             made[key] = make()

@@ -2,10 +2,12 @@
 
     norm     y = w * round(h / sqrt(mean(h^2) + eps))       keeps h, not a float32 copy of it
     gated    y = down_proj(act(gate_proj(x)) * up_proj(x))   keeps gate and up, not act(gate)
+    pure     a LayerNorm, or an activation by itself         keeps its input, not its output
+    loss     cross-entropy of the next tokens                keeps the logits in their own dtype
 
 Whether a module computes one of them is not read from its name but tried: its own forward runs on
-random numbers beside ours, and ours takes its place where all bits are equal. So forward passes
-stay as they were to the last bit.
+random numbers beside ours, and ours takes its place where all bits are equal. So logits stay as
+they were to the last bit; the loss is summed in another order.
 """
 
 from __future__ import annotations
@@ -14,19 +16,26 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import PreTrainedModel
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.gated import ACTIVATIONS, gated_product
+from ..kernels.loss import causal_lm_loss
 from ..kernels.norm import rms_norm
+from ..kernels.shared import Recipe, can_be_remade
 
 PROJECTIONS: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTH = 32  # numbers per row that an MLP is tried on
+PURE = (nn.LayerNorm, nn.GELU, nn.SiLU, GELUActivation, GELUTanh, SiLUActivation)
 
 
 class LeanDecoder:
@@ -35,11 +44,16 @@ class LeanDecoder:
     Attributes:
         norms: how many norms.
         gated: how many gated MLPs.
+        pure: how many layer norms and activations, which the next layer can make again.
+        losses: how many models whose loss it is.
     """
 
     def __init__(self) -> None:
         self.norms = 0
         self.gated = 0
+        self.pure = 0
+        self.losses = 0
+        self._models: list[PreTrainedModel] = []
         self._replaced: list[tuple[nn.Module, MethodType]] = []
 
     def _replace(self, module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> None:
@@ -47,12 +61,21 @@ class LeanDecoder:
         module.forward = method
         self._replaced.append((module, method))
 
+    def _replace_loss(self, model: PreTrainedModel) -> None:
+        model.loss_function = causal_lm_loss
+        self._models.append(model)
+        self.losses += 1
+
     def undo(self) -> None:
         """Give every module its own forward back, unless somebody has replaced ours since."""
         for module, method in self._replaced:
             if vars(module).get("forward") is method:
                 del module.forward
         self._replaced.clear()
+        for model in self._models:
+            if model.loss_function is causal_lm_loss:
+                model.loss_function = ForCausalLMLoss
+        self._models.clear()
 
     def __enter__(self) -> LeanDecoder:
         return self
@@ -82,8 +105,11 @@ def lean_decoder(model: nn.Module) -> LeanDecoder:
     lean = LeanDecoder()
     # Tensors with values, on the CPU, whatever mode is on; and the random state stays.
     fork = torch.random.fork_rng(devices=[])
+    unused: set[nn.Module] = set()
     with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad(), fork:
         for module in model.modules():
+            if isinstance(module, PreTrainedModel) and _has_usual_loss(module):
+                lean._replace_loss(module)
             if "forward" in vars(module) or not _takes_one_tensor(module):
                 continue
             if _is_norm(module):
@@ -92,11 +118,22 @@ def lean_decoder(model: nn.Module) -> LeanDecoder:
             elif (act := _activation(module)) is not None:
                 lean._replace(module, GATED_FORWARDS[act])
                 lean.gated += 1
+                unused.add(module.act_fn)  # type: ignore[arg-type] (a module, as it was found)
+            elif type(module) in PURE and module not in unused:
+                lean._replace(module, _pure_forward)
+                lean.pure += 1
     return lean
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, _epsilon(self))
+
+
+def _pure_forward(self: Any, x: Tensor) -> Tensor:
+    own = partial(type(self).forward, self)
+    y = own(x)
+    can_be_remade(y, Recipe((x,), own))
+    return y
 
 
 def _gated_forward(act: str) -> Callable[[Any, Tensor], Tensor]:
@@ -107,6 +144,11 @@ def _gated_forward(act: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 GATED_FORWARDS = {act: _gated_forward(act) for act in ACTIVATIONS}
+
+
+def _has_usual_loss(model: PreTrainedModel) -> bool:
+    usual = getattr(model, "loss_type", None) == "ForCausalLM"
+    return usual and model.loss_function is ForCausalLMLoss
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
