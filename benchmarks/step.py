@@ -1,4 +1,4 @@
-"""A training step of anyrank beside one of PEFT + bitsandbytes, and beside the bare matrix products.
+"""A training step of anyrank beside one of PEFT + bitsandbytes, and beside its bare matrix products.
 
     python benchmarks/step.py                            every table, about half an hour
     python benchmarks/step.py --shapes llama --dropouts 0 --only sides

@@ -188,6 +188,19 @@ def test_an_input_without_gradient_reads_the_weight_once():
     assert change.core[0].grad is not None
 
 
+def test_an_output_may_be_added_to_in_place():
+    """As Falcon does with the outputs of its attention and its MLP."""
+    x, upstream = inputs()
+    first, second = update(1, 1), update(2, 1)
+    y = adapted_linear(x, weight(), None, [Branch(first)])
+    y += adapted_linear(x, weight(), None, [Branch(second)])
+    reference = linear_reference(x, 2 * weight().values, None, [first, second])
+    trained = [x, *first.core, *second.core]
+    got = torch.autograd.grad(y, trained, upstream)
+    for mine, theirs in zip(got, torch.autograd.grad(reference, trained, upstream), strict=True):
+        assert relative_rms(mine, theirs) < 1e-13
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.15])
 def test_autocast_computes_in_its_dtype(dropout):
     x, upstream = inputs(torch.float32)

@@ -181,7 +181,8 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.recipe = recipe and (len(recipe.tensors), recipe.make)
         ctx.save_for_backward(*kept, *(recipe.tensors if recipe else ()))
         ctx.weight, ctx.specs, ctx.dtype, ctx.x_dtype = weight, specs, flat.dtype, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # not .view: Falcon adds to the output of a layer in place, which autograd forbids on a view
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @once_differentiable
