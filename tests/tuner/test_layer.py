@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import IDS, LOW_RANK, adapted, config, fill, layers, llama, nf4, quantized
+from tiny import IDS, LOW_RANK, adapted, config, fill, layers, llama, nf4
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -92,29 +92,6 @@ def test_an_nf4_base_computes_its_own_product_and_the_adapter_is_added(method):
     (gradient,) = torch.autograd.grad(y, x, upstream)
     (reference,) = torch.autograd.grad(wanted, x, upstream.double())
     assert relative_rms(gradient.double(), reference.double()) < 1e-6
-
-
-# torch.compile makes an instance of autograd.Function, of which autograd.Function warns
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("base", ["float", "nf4", "affine"])
-@pytest.mark.parametrize("method", ["qdylora", "qbara", "qalora"])
-def test_a_layer_compiles_without_a_graph_break(method, base):
-    model = adapted(quantized(llama()) if base == "affine" else llama(), method, lora_dropout=0.1)
-    layer = layers(model)[0]
-    if base == "nf4":
-        layer.base_layer = nf4(64, 64, compute=torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for mode in (True, False):
-        layer.train(mode)
-        x = torch.randn(2, 7, 64, requires_grad=True)
-        y = compiled(x)
-        got = torch.autograd.grad(y.sum(), (x, layer.anyrank_B["default"]))
-        assert all(gradient.abs().sum() > 0 for gradient in got)
-        if not mode:  # in training the two draw different masks
-            wanted = torch.autograd.grad(layer(x).sum(), (x, layer.anyrank_B["default"]))
-            for mine, theirs in zip(got, wanted, strict=True):
-                assert relative_rms(mine, theirs) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["hook", "subclass"])
