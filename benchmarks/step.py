@@ -1,4 +1,4 @@
-"""A training step of anyrank beside one of PEFT + bitsandbytes, and beside its bare matrix products.
+"""A training step of anyrank beside one of PEFT + bitsandbytes, and beside its bare products.
 
     python benchmarks/step.py                            every table, about half an hour
     python benchmarks/step.py --shapes llama --dropouts 0 --only sides
@@ -6,13 +6,15 @@
 Every side lives in a process of its own with the same allocator settings, and they take turns, one
 step each; medians are reported. `sides` is the comparison, `methods` our own methods beside LoRA,
 `growth` how time and memory grow, `curves` the losses of 100 steps. On a GPU (--device cuda) add
---shapes llama-7b --rows 4 --tokens 2048 --checkpointing, and Unsloth is tried, if it is installed.
+--shapes llama-7b --rows 4 --tokens 2048 --checkpointing; Unsloth takes part where it is installed.
+TFLOP/s over what the device can do (989 on an H100 or H200 in bf16) is the model FLOP utilisation.
 Results go into --out: one JSON per table, growth.png, and the tables as Markdown on stdout.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -43,7 +45,7 @@ class Side:
         )
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.read()
+        self.ready = self.read()
 
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -85,6 +87,7 @@ def take_turns(jobs: dict[str, dict[str, Any]], rounds: int, memory: bool = True
                 "median_s": statistics.median(counted),
                 "seconds": counted,
                 "losses": side.losses,
+                "tflops": side.ready["flops"] / statistics.median(counted) / 1e12,
                 **(side.ask("memory") if memory else {}),
             }
         return results
@@ -97,7 +100,7 @@ def compare(args: argparse.Namespace, shape: str, dropout: float) -> dict[str, A
     """PEFT, ours and the floor."""
     job = common(args) | {"shape": shape, "dropout": dropout}
     jobs = {name: job | {"side": side} for name, side in (("peft", "peft"), ("ours", "qlora"))}
-    if args.device != "cpu":
+    if args.device != "cpu" and importlib.util.find_spec("unsloth"):
         jobs["unsloth"] = job | {"side": "unsloth"}
     results = take_turns(jobs | {"floor": job | {"side": "floor"}}, args.rounds)
     peft, ours, floor = (results[name] for name in ("peft", "ours", "floor"))
@@ -193,14 +196,15 @@ def print_growth(name: str, value: int, result: dict[str, Any]) -> None:
 
 
 def print_sides(title: str, results: dict[str, Any], tokens: int) -> None:
-    print(f"\n{title}\n\n| | s per step | tokens/s | memory growth | of tensors |")
-    print("|---|---|---|---|---|")
+    print(f"\n{title}\n\n| | s per step | tokens/s | TFLOP/s | memory growth | of tensors |")
+    print("|---|---|---|---|---|---|")
     for name, result in results.items():
         if name != "ratios":
             spread = f"{min(result['seconds']):.3f}-{max(result['seconds']):.3f}"
             print(
                 f"| {name} | {result['median_s']:.3f} ({spread}) | "
-                f"{tokens / result['median_s']:.0f} | {result['growth']:.0f} MB | "
+                f"{tokens / result['median_s']:.0f} | {result['tflops']:.2f} | "
+                f"{result['growth']:.0f} MB | "
                 f"{result['tensors']:.0f} MB |"
             )
     for name, ratio in results.get("ratios", {}).items():

@@ -15,139 +15,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from step_models import FIRST, Job, adapted_model, base_model, model_flops
 from torch import Tensor, nn
-
-ALPHA = 16
-FIRST = ("q_proj", "k_proj", "v_proj", "query_key_value", "dense_h_to_4h")  # read embeddings
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one side trains.
-
-    Attributes:
-        side: "floor", "peft", or a method of anyrank; "affine" marks one on our 4-bit codes.
-        shape: a key of SHAPES; `sizes` overrides fields of its configuration.
-        rank: of the adapter, and of a draw (`drawn`) where it is lower.
-        rows, tokens: of a batch.
-    """
-
-    side: str
-    shape: str = "llama"
-    rank: int = 64
-    drawn: int = 0
-    dropout: float = 0.0
-    rows: int = 4
-    tokens: int = 256
-    affine: bool = False
-    lean: bool = True
-    checkpointing: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    sizes: dict[str, int] = field(default_factory=dict)
-
-
-LLAMA = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "vocab_size": 8192,
-    "max_position_embeddings": 8192,
-}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", LLAMA),
-    "qwen3": ("qwen3", LLAMA | {"num_key_value_heads": 8, "head_dim": 64}),
-    "falcon": (
-        "falcon",
-        {k: v for k, v in LLAMA.items() if k != "intermediate_size"}
-        | {"num_kv_heads": 4, "new_decoder_architecture": True, "bias": False},
-    ),
-    "llama-7b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-            "max_position_embeddings": 8192,
-        },
-    ),
-}
-
-
-def base_model(job: Job) -> Any:
-    """A random model of the shape in bf16, its decoder's linears in NF4 or in our codes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind, sizes = SHAPES[job.shape]
-    config = AutoConfig.for_model(kind, **(sizes | job.sizes), tie_word_embeddings=False)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.config.use_cache = False
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and "lm_head" not in name:
-            parent, _, child = name.rpartition(".")
-            make = affine_linear if job.affine else nf4_linear
-            setattr(model.get_submodule(parent), child, make(layer, job.device))
-    return model.to(job.device)
-
-
-def nf4_linear(layer: nn.Linear, device: str) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    made = Linear4bit(
-        *(layer.in_features, layer.out_features, False, torch.bfloat16), quant_type="nf4"
-    )
-    made.weight = Params4bit(
-        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    return made.to(device)
-
-
-def affine_linear(layer: nn.Linear, device: str) -> nn.Module:
-    from anyrank.kernels import AffineFormat
-    from anyrank.quant.affine import AffineLinear
-    from anyrank.quantize.minmax import minmax
-
-    form = AffineFormat(4, (1, 32))
-    made = AffineLinear(layer.in_features, layer.out_features, form)
-    made.codes, made.scales, made.offsets, _ = minmax(layer.weight.data.float(), form)
-    return made.to(device)
 
 
 class Training:
     """Steps of one side: forward, backward, clipping and AdamW."""
 
     def __init__(self, job: Job) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        import anyrank
-
-        self.job, model = job, base_model(job)
-        options = {"r": job.rank, "lora_alpha": ALPHA, "lora_dropout": job.dropout}
-        options |= {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        if job.side == "peft":
-            config: Any = LoraConfig(**options)
-        else:
-            config = anyrank.AnyRankConfig(method=job.side, **options)
-            if job.lean:
-                anyrank.lean_decoder(model)
-        if job.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = get_peft_model(model, config).train()
+        self.job, self.model = job, adapted_model(job).train()
         self.start_from(job.seed)
         if job.drawn:
             self.model.set_rank(job.drawn)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(1)
-        self.vocabulary = model.config.vocab_size
+        self.vocabulary = self.model.config.vocab_size
         self.next_token = torch.randperm(self.vocabulary, generator=generator)
         self.generator = generator
 
@@ -215,15 +101,18 @@ class Floor:
 
     def step(self, _: Any) -> Tensor:
         for reads_embeddings, (w, x, g, a, b) in self.products:
-            y, u, t = x @ w.T, x @ a.T, g @ b
-            y.addmm_(u, b.T)
+            for _ in range(1 + self.job.checkpointing):
+                u = x @ a.T
+                (x @ w.T).addmm_(u, b.T)
+            t = g @ b
             if not reads_embeddings:
                 (g @ w).addmm_(t, a)
             _ = t.T @ x, g.T @ u
         w, x, g = self.head
         _ = x @ w.T, g @ w
         for _ in range(self.depth):
-            out = nn.functional.scaled_dot_product_attention(*self.qkv, is_causal=True)
+            for _ in range(1 + self.job.checkpointing):
+                out = nn.functional.scaled_dot_product_attention(*self.qkv, is_causal=True)
             torch.autograd.grad(out, self.qkv, self.upstream)
         return torch.zeros(())
 
@@ -282,7 +171,7 @@ def main() -> None:
 
     side: Any = (Floor if job.side == "floor" else Training)(job)
     before = in_use(job.device)
-    answer(ready=True, loaded=before)
+    answer(ready=True, loaded=before, flops=model_flops(job))
     for line in sys.stdin:
         if line.strip() == "forget":
             forget_peak(job.device)
