@@ -130,14 +130,14 @@ def test_bf16_stays_near_the_float64_reference_and_factors_keep_their_precision(
 
 
 def test_copying_the_product_is_the_same_as_copying_the_factor(monkeypatch):
-    """Above FACTOR_COLUMNS, R and P^T act on activations."""
+    """R and P^T act on activations where the factor has many columns."""
     x, upstream = inputs()
     for p, q in GEOMETRIES:
         change = update(p, q)
         y = adapted_linear(x, weight(), None, [Branch(change, False, 0.0)])
         got = torch.autograd.grad(y, (x, *change.core), upstream)
         with monkeypatch.context() as patch:
-            patch.setattr("anyrank.kernels.linear.FACTOR_COLUMNS", 0)
+            patch.setattr("anyrank.kernels.linear.PASS_COLUMNS", {"cpu": 0})
             y = adapted_linear(x, weight(), None, [Branch(change, False, 0.0)])
             again = torch.autograd.grad(y, (x, *change.core), upstream)
         for mine, theirs in zip(got, again, strict=True):

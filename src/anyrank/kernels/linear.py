@@ -29,7 +29,9 @@ from .dropout import Dropped, drop, zero_
 from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
-FACTOR_COLUMNS = 256  # up to here it is faster to copy a factor than its product (docs/log.md)
+# A pass over the activations takes as long as so many more columns of a product: on a CPU as
+# measured (docs/log.md), on a GPU by its bandwidth.
+PASS_COLUMNS = {"cpu": 64, "cuda": 256}
 
 
 class Matrix(Protocol):
@@ -219,11 +221,19 @@ def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor, keep: float)
     """
     t = u if len(core) == 1 else u @ core[0].to(u.dtype).T
     outer = (core[-1] * (spec.scale / keep)).to(u.dtype)
-    if spec.q == 1 or t.shape[1] <= FACTOR_COLUMNS:
+    if _copies_factor(t, spec.q):
         y.addmm_(t, repeat_rows(outer, spec.q).T)
     else:
         y.add_(repeat(t @ outer.T, spec.q))
     return t
+
+
+def _copies_factor(t: Tensor, n: int) -> bool:
+    """Whether to copy the rows of a factor n times, rather than its product with t.
+
+    The product then has n times the columns, and its sum needs no pass of its own.
+    """
+    return t.shape[1] * (n - 1) <= n * PASS_COLUMNS.get(t.device.type, 256)
 
 
 def _needs_u(spec: _Spec, needed: Sequence[bool]) -> bool:
@@ -280,7 +290,7 @@ def _add_input_gradient(
     a = core[0].to(h.dtype) if len(core) == 2 else None
     if spec.inside and at is None:
         return
-    if a is not None and (spec.p == 1 or h.shape[1] <= FACTOR_COLUMNS):
+    if a is not None and _copies_factor(h, spec.p):
         columns = pool_columns(a, spec.p)
         if at is None:
             dx.addmm_(h, columns)
