@@ -2,10 +2,10 @@
 
     python benchmarks/pool_repeat.py [--device cuda]
 
-Milliseconds, medians of 30. `copy` adds R B u to a layer's output of [tokens, d]: by copying the rows
-of B first (the factor), or the product afterwards (the activations); kernels/linear.py chooses by
-FACTOR_COLUMNS. `sum` makes P x of [tokens, d]: by the mean over a short last dimension, or as
-kernels/sums.py does.
+Milliseconds, medians of 30. The first table adds R B t to a layer's output of [tokens, d]: by
+copying the rows of B first (the factor), or the product afterwards (the activations);
+kernels/linear.py chooses by PASS_COLUMNS. The second makes P x of [tokens, d]: by the mean over a
+short last dimension, or as kernels/sums.py does.
 """
 
 from __future__ import annotations
