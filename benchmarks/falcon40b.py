@@ -14,13 +14,12 @@ QDyLoRA (Rajabzadeh et al., 2024) fine-tuned Falcon-40b on one card of 32 GB. In
 
 25.5 on the card, without activations; checkpoints between layers go to the host, 60 x 8 MiB for a
 row of 512 tokens. That fits in 32 GB, not in 24 GB: there each decoder layer steps in the backward
-pass, as soon as its gradients are complete, and frees them; 22.3 remain. Gradients are then not
-clipped, since their norm is known only at the end. `main` chooses by this sum.
+pass, once its gradients are complete, and frees them; 22.3 remain. Gradients are not clipped then,
+since their norm is known only at the end. `main` chooses by this sum.
 
-A cap of 32 GB is 32 * 2^30 bytes for torch's allocator, minus nothing: what CUDA itself holds comes
-on top. The rest of a larger card is filled, but for ROOM, since the paged moments, which no
-allocator counts, would lie on it otherwise. A batch has the same rows in every step, so the loss
-shows whether steps learn. `anyrank plan` is compared with the peak, less what is moved or freed.
+A cap of 32 GB is 32 * 2^30 bytes for torch's allocator; what CUDA itself holds comes on top. All
+but ROOM of the rest of a larger card is filled: paged moments, which the allocator does not count,
+would lie there. The rows of a batch stay the same, so the loss shows whether steps learn.
 """
 
 from __future__ import annotations
@@ -45,22 +44,20 @@ from torch import Tensor, nn
 
 import anyrank
 
-GIB = 2**30
-ROOM = GIB  # of a filled card, for the kernels that CUDA loads as it runs
-RANK, CLIP, RATE = 64, 1.0, 1e-3
-STD = 0.02  # of random weights, as Falcon is initialized
-WARM, COUNTED = 2, 5  # steps
+GIB = ROOM = 2**30  # ROOM: of a filled card, for the kernels that CUDA loads as it runs
+RANK, CLIP, RATE, STD = 64, 1.0, 1e-3, 0.02  # STD: of random weights
+CPU_WAYS = [(None, False), (None, True)]  # no cap; gradients kept, and freed
+WARM, STEPS = 2, 7  # steps before the first that counts, and all
 SEED = 16  # of draws whose counted steps hold rank 1: it leaves most rows alone, so most are copied
 
 
 def falcon(scale: int) -> Any:
-    """The configuration of tiiuae/falcon-40b, in width, depth and words a `scale`-th."""
+    """The configuration of tiiuae/falcon-40b, a `scale`-th of it in width and depth."""
     from transformers import FalconConfig
 
     heads = 128 // scale
     sizes = {"hidden_size": 64 * heads, "num_attention_heads": heads, "vocab_size": 65024 // scale}
-    sizes["num_hidden_layers"] = max(60 // scale, 3)
-    sizes["num_kv_heads"] = 8 if scale == 1 else max(heads // 4, 1)
+    sizes |= {"num_hidden_layers": max(60 // scale, 3), "num_kv_heads": max(heads // 16, 1)}
     kind = {"new_decoder_architecture": True, "bias": False, "tie_word_embeddings": True}
     return FalconConfig(**sizes, **kind, use_cache=False, dtype="bfloat16")
 
@@ -71,21 +68,20 @@ def empty_falcon(config: Any) -> tuple[Any, list[tuple[str, Any]]]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return model, [(name, layer) for name, layer in linears if name != "lm_head"]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return model, [(name, layer) for name, layer in linears.items() if name != "lm_head"]
 
 
 def budget(config: Any) -> dict[str, int]:
-    """Bytes of what a run holds at every batch."""
+    """Bytes that a run holds whatever the batch is."""
     model, linears = empty_falcon(config)
     weights = sum(layer.weight.numel() for _, layer in linears)
     adapter = 4 * RANK * sum(sum(layer.weight.shape) for _, layer in linears)
-    held = {"adapter": adapter, "gradients": adapter, "moments": 2 * adapter}
-    held["copies"] = adapter * (RANK - 1) // RANK
-    held["floats"] = 2 * (sum(p.numel() for p in model.parameters()) - weights)
+    floats = sum(p.numel() for p in model.parameters()) - weights
     # Half a byte each, one for the scale of 64, and four for the scale of 256 such scales.
-    held["codes"] = weights // 2 + weights // 64 + weights // 64 // 64
-    return held
+    codes = weights // 2 + weights // 64 + weights // 64 // 64
+    base = {"codes": codes, "floats": 2 * floats, "adapter": adapter, "gradients": adapter}
+    return base | {"moments": 2 * adapter, "copies": adapter * (RANK - 1) // RANK}
 
 
 def base_model(config: Any, device: str) -> Any:
@@ -140,8 +136,7 @@ class Training:
         self.model: Any = get_peft_model(base, adapter).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.offload = by_device(device, self.model, self.trained)
-        steps = WARM + COUNTED
-        self.plan = anyrank.RankPlan(self.model, self.optimizer, total=steps, seed=SEED)
+        self.plan = anyrank.RankPlan(self.model, self.optimizer, total=STEPS, seed=SEED)
         for layer in base.transformer.h if frees else ():
             parts = [p for p in layer.parameters() if p.requires_grad]
             for part in parts:
@@ -185,8 +180,7 @@ def fill_card(cap: int) -> tuple[Tensor, int]:
 def run_cap(cap: int | None, frees: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Batches 1, 2, 4, ... until one does not fit in `cap` GiB; in a process of its own."""
     config = falcon(args.scale)
-    parts = budget(config)
-    lasting = sum(parts[name] for name in ("codes", "floats", "adapter", "moments"))
+    lasting = sum(budget(config)[name] for name in ("codes", "floats", "adapter", "moments"))
     _filled, held = fill_card(cap * GIB) if cap else (None, lasting)
     training = Training(config, "cuda" if cap else "cpu", frees=frees)
     rows: list[dict[str, Any]] = []
@@ -202,12 +196,12 @@ def run_cap(cap: int | None, frees: bool, args: argparse.Namespace) -> list[dict
 
 
 def run_batch(training: Training, ids: Tensor, held: int) -> dict[str, Any]:
-    """Losses of WARM + COUNTED steps; times and peaks of the counted ones.
+    """Times and losses of STEPS steps; the median and the peaks of those that count.
 
     `held`: bytes, on a GPU of what fills the card, on a CPU of all that lives between steps.
     """
     seconds, losses, on_gpu = [], [], training.device == "cuda"
-    for number in range(WARM + COUNTED):
+    for number in range(STEPS):
         if on_gpu and number == WARM:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -220,7 +214,7 @@ def run_batch(training: Training, ids: Tensor, held: int) -> dict[str, Any]:
     if on_gpu:
         found["peak"] = torch.cuda.max_memory_allocated() - held
         return found | {"reserved": torch.cuda.max_memory_reserved() - held}
-    steps = [partial(training.step, WARM + i, ids) for i in range(COUNTED)]
+    steps = [partial(training.step, number, ids) for number in range(WARM, STEPS)]
     return found | {"peak": int(max(tensor_peak(step, held / 1e6) for step in steps) * 1e6)}
 
 
@@ -243,16 +237,14 @@ def planner(cap: int | None, args: argparse.Namespace) -> Any:
 
 def predicted(plan: Any, row: dict[str, Any]) -> int:
     """Bytes of tensors at the peak of a plan, less the checkpoints and gradients not held here."""
-    from anyrank.plan.step import FORWARD, LOSS, UPDATE
-    from anyrank.plan.tracker import HOST
+    from anyrank.plan.step import FORWARD, HOST, LOSS, UPDATE
 
-    layers, width = plan.config.num_hidden_layers, plan.config.hidden_size
-    checkpoint = 2 * row["tokens"] * width if row["cap"] else 0
+    checkpoint = 2 * row["tokens"] * plan.config.hidden_size if row["cap"] else 0
     found = []
     for phase, kinds in plan.measure(row["batch"], row["tokens"] // row["batch"]).peaks.items():
         size = kinds.total() - kinds[HOST]
         if phase in (FORWARD, LOSS) or phase.endswith("last"):  # no gradients, all checkpoints
-            found.append(size - layers * checkpoint)
+            found.append(size - plan.config.num_hidden_layers * checkpoint)
         elif not row["frees"]:  # the first layer, with all gradients and one checkpoint; the update
             found.append(size - (0 if phase == UPDATE else checkpoint))
     return max(found)
@@ -269,14 +261,10 @@ def line(row: dict[str, Any]) -> str:
     if "refused" in row:
         cells += [row["refused"], "", "", "", "", gib(row["predicted"])]
     else:
-        losses, error = row["losses"], row["predicted"] / row["peak"] - 1
+        learned = f"{row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
         cells += [f"{row['tokens'] / row['median_s']:.0f}", f"{row['median_s']:.2f}"]
-        cells += [
-            gib(row["peak"]),
-            gib(row.get("reserved")),
-            f"{losses[0]:.3f} to {losses[-1]:.3f}",
-        ]
-        cells += [f"{gib(row['predicted'])} ({error:+.1%})"]
+        cells += [gib(row["peak"]), gib(row.get("reserved")), learned]
+        cells += [f"{gib(row['predicted'])} ({row['predicted'] / row['peak'] - 1:+.1%})"]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -292,11 +280,11 @@ def main() -> None:
     parts = budget(falcon(args.scale))
     print("holds:", ", ".join(f"{name} {gib(size)}" for name, size in parts.items()))
     on_card = sum(parts.values()) - parts["moments"]
-    ways = [(cap, on_card > cap * GIB) for cap in args.caps]
+    ways = [(cap, on_card > cap * GIB) for cap in args.caps] if on_gpu else CPU_WAYS
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps
     rows: list[dict[str, Any]] = []
     args.out.mkdir(parents=True, exist_ok=True)
-    for cap, frees in ways if on_gpu else ((None, False), (None, True)):
+    for cap, frees in ways:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(run_cap, cap, frees, args).result()
         plan = planner(cap, args)
@@ -304,8 +292,7 @@ def main() -> None:
         result = {"scale": args.scale, "budget": parts, "rows": rows}
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
     print("\n| cap | gradients | batch | tokens/s | s per step | peak | reserved | loss | plan |")
-    print("|---" * 9 + "|")
-    print("\n".join(map(line, rows)))
+    print("|---" * 9 + "|", *map(line, rows), sep="\n")
 
 
 if __name__ == "__main__":
