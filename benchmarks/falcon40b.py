@@ -237,12 +237,12 @@ def planner(cap: int | None, args: argparse.Namespace) -> Any:
 
 def predicted(plan: Any, row: dict[str, Any]) -> int:
     """Bytes of tensors at the peak of a plan, less the checkpoints and gradients not held here."""
-    from anyrank.plan.step import FORWARD, HOST, LOSS, UPDATE
+    from anyrank.plan.step import FORWARD, LOSS, UPDATE
 
     checkpoint = 2 * row["tokens"] * plan.config.hidden_size if row["cap"] else 0
     found = []
     for phase, kinds in plan.measure(row["batch"], row["tokens"] // row["batch"]).peaks.items():
-        size = kinds.total() - kinds[HOST]
+        size = kinds.total()
         if phase in (FORWARD, LOSS) or phase.endswith("last"):  # no gradients, all checkpoints
             found.append(size - plan.config.num_hidden_layers * checkpoint)
         elif not row["frees"]:  # the first layer, with all gradients and one checkpoint; the update

@@ -25,7 +25,7 @@ LAYERS = (
     ("quantize",),
     ("tuner",),
     ("training", "export"),
-    ("sweep",),
+    ("sweep", "plan"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -17,6 +17,7 @@ HELP = """\
 anyrank: fine-tune a quantized language model once; ship it at any rank, or folded into its weights.
 
   anyrank quantize MODEL BASE --bits 4                                 a base to fold into
+  anyrank plan   --model_name_or_path M --gpu_memory 24GB              will it fit?
   anyrank train  --model_name_or_path M --dataset D --output_dir RUN   every rank, in one run
   anyrank sweep  RUN                                                   the loss at every rank
   anyrank fold   RUN FOLDED --rank 8                                   no adapter left
@@ -27,7 +28,7 @@ anyrank: fine-tune a quantized language model once; ship it at any rank, or fold
 anyrank VERB --help says more. --debug shows the traceback of an error; --keep_malloc leaves the
 memory allocator of a CPU as it is (see docs/log.md).
 """
-VERBS = ("quantize", "train", "sweep", "fold", "export", "demo")
+VERBS = ("quantize", "plan", "train", "sweep", "fold", "export", "demo")
 
 
 def main() -> NoReturn:
@@ -48,7 +49,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one verb; return the exit code: 0, or 2 with one line on stderr."""
+    """Run one verb; return the exit code: that of the verb, or 2 with one line on stderr."""
     arguments = list(argv)
     debug = "--debug" in arguments
     if debug:
@@ -61,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
         verb = arguments.pop(0)
         if verb not in VERBS:
             raise ConfigError(f"verb {verb!r} is unknown; {nearest(verb, VERBS)}")
-        importlib.import_module(f"{__name__}.{verb}").main(arguments)
+        return importlib.import_module(f"{__name__}.{verb}").main(arguments) or 0
     except KeyboardInterrupt:
         print(f"anyrank {verb}: interrupted", file=sys.stderr)
         return 130
@@ -71,7 +72,6 @@ def run(argv: Sequence[str]) -> int:
         _end_bars()
         print(f"anyrank: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _quiet(debug: bool) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError, MissingPackageError
 from ..methods import method
@@ -54,27 +57,49 @@ def load_base(arguments: ModelArguments, *, in_4bit: bool, trust_remote_code: bo
 
     options: dict[str, Any] = {}
     if in_4bit:
-        options["quantization_config"] = _nf4_config(arguments.dtype)
+        options["quantization_config"] = nf4_config(arguments.dtype)
     if torch.cuda.is_available():
         options["device_map"] = {"": PartialState().local_process_index}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    return _from_pretrained(AutoModelForCausalLM, arguments, trust_remote_code, **options)
+    with plain_linears() if in_4bit else nullcontext():
+        return from_pretrained(AutoModelForCausalLM, arguments, trust_remote_code, **options)
+
+
+@contextmanager
+def plain_linears() -> Iterator[None]:
+    """Build Falcon of nn.Linear, which Transformers makes NF4 of.
+
+    Falcon's own class computes the same, but is passed over, and its weights would stay float.
+    """
+    from transformers.models.falcon import modeling_falcon
+
+    own = modeling_falcon.FalconLinear
+    modeling_falcon.FalconLinear = nn.Linear  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        modeling_falcon.FalconLinear = own
 
 
 def load_tokenizer(arguments: ModelArguments, *, trust_remote_code: bool) -> Any:
     """The tokenizer of the base, with a token to pad with."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, arguments, trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, arguments, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _from_pretrained(
+def from_pretrained(
     kind: Any, arguments: ModelArguments, trust_remote_code: bool, **options: Any
 ) -> Any:
+    """What an Auto class of Transformers loads, or an error in one line.
+
+    Raises:
+        ConfigError: the model cannot be found or loaded.
+    """
     name = arguments.model_name_or_path
     if name is None:
         raise ConfigError("model_name_or_path is missing; name a model folder or a Hub name")
@@ -94,7 +119,12 @@ def _from_pretrained(
         raise ConfigError(f"model_name_or_path={name}: {reason}") from error
 
 
-def _nf4_config(dtype: str) -> Any:
+def nf4_config(dtype: str) -> Any:
+    """NF4 with double quantization, computing in `dtype`; "auto" is bfloat16.
+
+    Raises:
+        MissingPackageError: bitsandbytes is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
             "an NF4 base needs bitsandbytes; pip install 'anyrank[nf4]', "

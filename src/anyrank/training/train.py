@@ -62,7 +62,7 @@ def train(
     base.config.use_cache = False
     if model.lean and args.n_gpu <= 1:  # DataParallel copies would run the first one's modules
         lean_decoder(base)
-    trainer = _trainer(base, args, rows, held_out, tokenizer, config, folder)
+    trainer = sft_trainer(base, args, rows, held_out, tokenizer, config, folder)
     if checkpoint is not None:
         _check_base(trainer, checkpoint)
     if main_process:
@@ -150,7 +150,7 @@ def _prepare_tokenizer(tokenizer: Any, args: TrainArguments) -> None:
         )
 
 
-def _trainer(
+def sft_trainer(
     base: Any,
     args: TrainArguments,
     rows: Dataset,
@@ -159,6 +159,7 @@ def _trainer(
     config: AnyRankConfig,
     folder: Path,
 ) -> SFTTrainer:
+    """TRL's trainer around a base, its adapter in float32, its metrics in the run folder."""
     trainer = SFTTrainer(
         model=base,
         args=args,

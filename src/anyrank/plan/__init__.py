@@ -1,0 +1,1 @@
+"""Will it fit: the memory of a training run, predicted from the model's config alone."""
