@@ -25,7 +25,7 @@ from transformers import (
 from anyrank.plan.estimate import Planner
 from anyrank.training.base import load_base, load_tokenizer, wants_4bit
 from anyrank.training.parse import parse_train
-from anyrank.training.train import _trainer
+from anyrank.training.train import sft_trainer
 from anyrank.tuner.decoder import lean_decoder
 
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 5}
@@ -94,7 +94,7 @@ def trainer_of(words: Sequence[str]) -> Any:
     rows = Dataset.from_dict({key: [[5] * n for n in lengths] for key in ("input_ids", "labels")})
     tokenizer = load_tokenizer(model, trust_remote_code=False)
     folder = Path(args.output_dir or "")
-    return _trainer(base, args, rows, None, tokenizer, adapter.config(), folder)
+    return sft_trainer(base, args, rows, None, tokenizer, adapter.config(), folder)
 
 
 def weights(model: torch.nn.Module) -> int:
