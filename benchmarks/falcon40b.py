@@ -36,7 +36,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from step_worker import tensor_peak
@@ -219,15 +218,12 @@ def run_batch(training: Training, ids: Tensor, held: int) -> dict[str, Any]:
 
 
 def planner(cap: int | None, args: argparse.Namespace) -> Any:
-    """The plan of such a run, where Falcon's linear layers are of the class that is quantized."""
-    from transformers.models.falcon import modeling_falcon
-
+    """The plan of such a run."""
     from anyrank.plan.options import read_options
 
     words = f"--method qdylora --lora_r {RANK} --max_length {args.tokens} --max_grad_norm {CLIP}"
     words += f" --optim {'paged_adamw_32bit' if cap else 'adamw_torch_fused'}"
-    plain = mock.patch.object(modeling_falcon, "FalconLinear", nn.Linear)
-    with tempfile.TemporaryDirectory() as folder, plain:
+    with tempfile.TemporaryDirectory() as folder:
         falcon(args.scale).save_pretrained(folder)
         words += f" --model_name_or_path {folder} --gradient_checkpointing true"
         plan = read_options([*words.split(), "--output_dir", folder], for_gpu=cap is not None)

@@ -29,8 +29,7 @@ from .dropout import Dropped, drop, zero_
 from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
-# A pass over the activations takes as long as so many more columns of a product: on a CPU as
-# measured (docs/log.md), on a GPU by its bandwidth.
+# A pass over activations costs as much as so many columns more: measured; by bandwidth (log.md)
 PASS_COLUMNS = {"cpu": 64, "cuda": 256}
 
 
@@ -204,12 +203,10 @@ class _AdaptedLinear(torch.autograd.Function):
                 u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at)
             outer = (core[-1] * (spec.scale / spec.keep)).to(ctx.dtype)
             h = sums[spec.q] @ outer  # s C^T v of a dense core, s B^T v of a low-rank one
-            found += _core_gradients(spec, core, needed[1], (u, t, sums[spec.q], h))
-            found += (None, None, None)
+            found += _core_gradients(spec, core, needed[1], (u, t, sums[spec.q], h)) + [None] * 3
             if dx is not None:
                 _add_input_gradient(dx, spec, core, h, at)
-        if dx is not None:
-            dx = dx.view(*shape, dx.shape[-1]).to(ctx.x_dtype)
+        dx = None if dx is None else dx.view(*shape, dx.shape[-1]).to(ctx.x_dtype)
         return dx, None, g.sum(0) if wants_bias else None, None, None, None, *found
 
 
@@ -287,9 +284,9 @@ def _add_input_gradient(
 
     h holds the factor 1 / keep of D.
     """
-    a = core[0].to(h.dtype) if len(core) == 2 else None
     if spec.inside and at is None:
         return
+    a = core[0].to(h.dtype) if len(core) == 2 else None
     if a is not None and _copies_factor(h, spec.p):
         columns = pool_columns(a, spec.p)
         if at is None:

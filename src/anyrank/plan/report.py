@@ -96,7 +96,7 @@ def _notes(planner: Planner, estimate: Estimate) -> list[str]:
     if planner.stays_float > 0.05:
         notes.append(
             f"{planner.stays_float:.0%} of the weights of the layers stay float: Transformers "
-            "quantizes plain nn.Linear, no linear layers of a model's own (Falcon) and no experts "
+            "quantizes plain nn.Linear, no linear layers of a model's own and no experts "
             "in one tensor"
         )
     return notes
