@@ -46,6 +46,24 @@ def zero_(z: Tensor, at: Tensor) -> Tensor:
     return z
 
 
+def add_product_(y: Tensor, a: Tensor, b: Tensor, at: Tensor | None) -> None:
+    """y += M (a b) in place, without a product of its own where positions say what to put back.
+
+    Args:
+        y: [tokens, d], contiguous.
+        a, b: [tokens, k], [k, d].
+        at: as in `Dropped`; None: M is the identity.
+    """
+    if at is not None and at.dtype == torch.bool:
+        y.add_(zero_(a @ b, at))
+        return
+    flat = y.view(-1)
+    kept = None if at is None else flat.index_select(0, at)
+    y.addmm_(a, b)
+    if at is not None and kept is not None:
+        flat.index_copy_(0, at.long(), kept)
+
+
 def zero_positions(n: int, p: float) -> Tensor:
     """Which of n elements are zeroed, each with probability p, on the CPU: sorted, int32."""
     found = torch.zeros(0, dtype=torch.int64)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..algebra import Update, adapter_output, pool_columns, repeat, repeat_rows
-from .dropout import Dropped, drop, zero_
+from .dropout import Dropped, add_product_, drop, zero_
 from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
@@ -289,8 +289,8 @@ def _add_input_gradient(
     a = core[0].to(h.dtype) if len(core) == 2 else None
     if a is not None and _copies_factor(h, spec.p):
         columns = pool_columns(a, spec.p)
-        if at is None:
-            dx.addmm_(h, columns)
+        if not spec.inside:
+            add_product_(dx, h, columns, at)
             return
         z = h @ columns
     else:
