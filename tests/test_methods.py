@@ -43,6 +43,7 @@ def test_parameters_of_llama_are_the_published_ones(size, name, millions):
 
 def test_the_table_holds_the_published_presets():
     assert set(METHODS) == {
+        "anyrank",
         "lora",
         "qlora",
         "dylora",
@@ -55,7 +56,7 @@ def test_the_table_holds_the_published_presets():
     }
     assert (METHODS["qbara"].p, METHODS["qbara"].q, METHODS["qbara"].rows_per_rank) == (2, 2, 2)
     assert (METHODS["qahira"].p, METHODS["qahira"].q, METHODS["qahira"].core) == (4, 8, "dense")
-    assert {name for name, m in METHODS.items() if m.nested} == {"dylora", "qdylora"}
+    assert {name for name, m in METHODS.items() if m.nested} == {"anyrank", "dylora", "qdylora"}
     assert all(m.source for m in METHODS.values())
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from anyrank.errors import ConfigError, RankError
-from anyrank.schedule import Draw, Schedule
+from anyrank.schedule import SLOWLY, Draw, Schedule
 
 PINNED = [8, 36, 30, 3, 2, 39, 31, 48]
 SANDWHICH = "schedule='sandwhich' is unknown; did you mean sandwich?"
@@ -93,6 +93,12 @@ def test_a_draw_is_the_same_on_every_machine():
             "ranks_per_step=3 must lie in 1..2, the number of ranks to choose from",
         ),
         (
+            {"kind": "settle", "per_step": 2},
+            ConfigError,
+            "ranks_per_step=2 draws several ranks at random, which schedule='settle' does not; use "
+            "schedule='uniform', or leave it out",
+        ),
+        (
             {"frozen": True, "kind": "sandwich"},
             ConfigError,
             "frozen_rows trains one prefix per step: it needs schedule='uniform' and "
@@ -104,3 +110,36 @@ def test_a_schedule_that_makes_no_sense_is_refused(options, kind, text):
     with pytest.raises(kind) as error:
         Schedule(8, **options)
     assert str(error.value) == text
+
+
+def test_settle_trains_the_largest_rank_and_then_all_in_turn():
+    schedule = Schedule(64, kind="settle")
+    found = draws(schedule, 10)
+    assert found[:7] == [Draw((64,))] * 7
+    assert [draw.ranks for draw in found[7:]] == [(1, 2, 4, 64), (2, 4, 64, 1), (4, 64, 1, 2)]
+    assert [draw.order for draw in found] == [False] * 7 + [True, False, False]
+    assert all(draw.apart for draw in found[7:])
+    speeds = found[7].speeds
+    assert [speeds[rank] for rank in (1, 2, 4)] == [8.0, 32**0.5, 4.0]
+    assert speeds[64] == SLOWLY
+    assert (schedule.draws, schedule.parts) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({"rows": 3}, (1, 2, 3)),
+        ({"rows": 1}, (1,)),
+        ({"rows": 16, "unit": 4}, (4, 8, 16)),
+        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 16, 32)),
+    ],
+)
+def test_settle_takes_the_lowest_ranks_that_there_are(options, turns):
+    schedule = Schedule(kind="settle", **options)
+    assert schedule(70, 100, 0).ranks == turns
+    assert schedule.parts == len(turns)
+
+
+def test_settle_never_orders_an_adapter_that_was_not_trained():
+    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 1)] == [False]
+    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 2)] == [False, True]

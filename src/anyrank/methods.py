@@ -25,6 +25,7 @@ class Method:
         nested: every rank is trained, not only the largest.
         frozen_a: A keeps its first values (LoRA-FA).
         scale: the default scale, a key of `algebra.SCALES`.
+        schedule: the default rule that says which ranks a step trains, a key of `schedule.KINDS`.
         source: where the method was published.
     """
 
@@ -36,10 +37,12 @@ class Method:
     nested: bool = False
     frozen_a: bool = False
     scale: str = "alpha/r"
+    schedule: str = "uniform"
     source: str = ""
 
 
 METHODS: dict[str, Method] = {
+    "anyrank": Method(base="nf4", nested=True, schedule="settle", source="docs/log.md"),
     "lora": Method(source="arXiv 2106.09685"),
     "qlora": Method(base="nf4", source="arXiv 2305.14314"),
     "dylora": Method(nested=True, scale="alpha/k", source="arXiv 2210.07558"),

@@ -6,6 +6,8 @@ resume. A schedule is data:
     uniform    one rank, uniform over `ranks` (1..r when none are listed)    DyLoRA, QDyLoRA
     sandwich   the largest, the smallest and a random one                     US-Nets
     full       always the largest                                             LoRA
+    settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
+               the order of their SVD, the lowest ranks and the largest in turn
 
 `unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
 replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
@@ -15,12 +17,15 @@ prefix (DyLoRA's frozen mode).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .errors import ConfigError, RankError, nearest
 
-KINDS = ("full", "uniform", "sandwich")
+KINDS = ("full", "uniform", "sandwich", "settle")
+SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
+LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
+SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,16 @@ class Draw:
     Attributes:
         ranks: the prefixes, one after another over the micro-batches.
         first: the first row that is trained; rows below pass no gradient.
+        order: put the rows in the order of their SVD before this step.
+        apart: each micro-batch is an optimizer step of its own.
+        speeds: by rank, how many times faster than at the optimizer's rate its rows move.
     """
 
     ranks: tuple[int, ...]
     first: int = 0
+    order: bool = False
+    apart: bool = False
+    speeds: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> range:
@@ -77,6 +88,11 @@ class Schedule:
                 f"ranks_per_step={self.per_step} must lie in 1..{len(self.choices)}, "
                 "the number of ranks to choose from"
             )
+        if self.per_step > 1 and self.kind != "uniform":
+            raise ConfigError(
+                f"ranks_per_step={self.per_step} draws several ranks at random, which "
+                f"schedule={self.kind!r} does not; use schedule='uniform', or leave it out"
+            )
         if self.frozen and (self.kind != "uniform" or self.per_step > 1):
             raise ConfigError(
                 "frozen_rows trains one prefix per step: it needs schedule='uniform' "
@@ -96,6 +112,11 @@ class Schedule:
             return min(3, len(self.choices))
         return self.per_step if self.kind == "uniform" else 1
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches per step with which the schedule trains best; any number will do."""
+        return len(self._lowest) + 1 if self.kind == "settle" else 1
+
     def __call__(self, step: int, total: int, seed: int) -> Draw:
         """The draw of a step.
 
@@ -106,11 +127,37 @@ class Schedule:
         """
         if self.kind == "full":
             return Draw((self.rows,))
+        if self.kind == "settle":
+            return self._settle(step, total)
         rng = random.Random(f"anyrank rank draw {seed} {step}")
         if self.kind == "sandwich":
             return Draw(_sandwich(self.choices, rng))
         drawn = tuple(rng.sample(self.choices, self.per_step))
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
+
+    def _settle(self, step: int, total: int) -> Draw:
+        """The largest rank, then 1, 2, 4 and the largest in turn.
+
+        At one learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k)
+        times as far per step as at alpha/r: that is the speed of rank k here. The largest rank is
+        there to stay what it is while the first rows move, and its last rows are small: slowly.
+        """
+        start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
+        if step < start:
+            return Draw((self.rows,))
+        turns = (*self._lowest, self.rows)
+        shift = (step - start) % len(turns)
+        speeds = {rank: (self.rows / rank) ** 0.5 for rank in self._lowest}
+        speeds[self.rows] = SLOWLY
+        ranks = turns[shift:] + turns[:shift]
+        return Draw(ranks, order=step == start, apart=True, speeds=speeds)
+
+    @property
+    def _lowest(self) -> tuple[int, ...]:
+        """The lowest ranks to choose from; a doubling series where none are listed."""
+        doubled = (self.unit * 2**i for i in range(LOWEST))
+        lowest = doubled if self.ranks is None else self.choices[:LOWEST]
+        return tuple(rank for rank in lowest if rank < self.rows)
 
 
 def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:

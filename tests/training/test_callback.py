@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 import anyrank
 from anyrank.errors import ConfigError
+from anyrank.training.callback import RankCallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You passed `bf16=True`:UserWarning", "ignore:.*pin_memory.*:UserWarning"
@@ -50,11 +52,12 @@ def qwen3() -> Qwen3ForCausalLM:
 
 def trainer(tmp_path: Path, model, config: anyrank.AnyRankConfig | None, **options) -> SFTTrainer:
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01} | options
+    options.setdefault("save_strategy", "no")
     return SFTTrainer(
         model=model,
         args=SFTConfig(
             output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, logging_steps=1,
-            save_strategy="no", disable_tqdm=True, seed=7, dataloader_pin_memory=False, **options,
+            disable_tqdm=True, seed=7, dataloader_pin_memory=False, **options,
         ),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS[:4]),
@@ -110,6 +113,52 @@ def test_frozen_rows_follow_the_draw(tmp_path):
     seen = watch(sft)
     sft.train()
     assert all(rank - first == 2 for _, rank, first in seen)
+
+
+def test_low_ranks_settle_in_optimizer_steps_of_their_own(tmp_path):
+    config = anyrank.AnyRankConfig(r=8)
+    options = {"max_steps": 10, "gradient_accumulation_steps": 4, "max_grad_norm": 0.1}
+    sft = trainer(tmp_path, qwen3(), config, **options)
+    seen, steps, norms = watch(sft), [], []
+
+    def before_step(optimizer, *_):
+        held = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([g for g in held if g is not None]))
+        steps.append(layers(sft.model)[-1].adapters["default"].rank)
+
+    sft.create_optimizer()
+    sft.optimizer.register_step_pre_hook(before_step)
+    sft.train()
+    turns = [(1, 2, 4, 8), (2, 4, 8, 1), (4, 8, 1, 2)]
+    assert seen[:28] == [(step, 8, 0) for step in range(7) for _ in range(4)]
+    assert [(s, r) for s, r, _ in seen[28:]] == [(7 + i, r) for i in range(3) for r in turns[i]]
+    assert steps == [8] * 7 + [rank for ranks in turns for rank in ranks]
+    assert max(norms) < 0.1001
+
+
+@pytest.mark.parametrize("option", ["fp16", "fsdp"])
+def test_steps_of_their_own_are_left_out_where_only_the_trainer_can_step(option):
+    model = get_peft_model(qwen3(), anyrank.AnyRankConfig(r=8))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    args = {"seed": 0, "gradient_accumulation_steps": 4, "fp16": False, "fsdp": ""}
+    arguments = SimpleNamespace(**(args | {option: "full_shard" if option == "fsdp" else True}))
+    callback = RankCallback()
+    state = SimpleNamespace(max_steps=10, global_step=7)
+    callback.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
+    callback.on_step_begin(arguments, state, None)
+    assert callback.plans[0].schedule(7, 10, 0).apart
+    assert not callback.plans[0].apart
+
+
+@pytest.mark.parametrize("at", [6, 7, 8])
+def test_a_run_that_settles_resumes_bit_for_bit(at, tmp_path):
+    finals = []
+    options = {"max_steps": 10, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    for resume in (False, True):
+        sft = trainer(tmp_path, qwen3(), anyrank.AnyRankConfig(r=8), save_steps=at, **options)
+        sft.train(resume_from_checkpoint=str(tmp_path / f"out/checkpoint-{at}") if resume else None)
+        finals.append({k: p.detach() for k, p in sft.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path):

@@ -85,6 +85,66 @@ def test_moments_of_rows_that_were_not_drawn_are_kept():
         assert not torch.equal(new[:, :3], old[:, :3])
 
 
+def settling(optimizer_name: str = "adamw") -> tuple:
+    """A model that is about to settle: step 7 of 10 orders the rows."""
+    model = adapted(llama(), method="anyrank", r=8)
+    optimizer = optimizer_of(optimizer_name, model)
+    plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+    for number in range(7):
+        step(model, plan, optimizer, number)
+    return model, optimizer, plan
+
+
+def test_settling_orders_the_rows_drops_their_moments_and_changes_no_logit():
+    model, optimizer, plan = settling()
+    before, wanted = rows_of(model), model(IDS).logits
+    a = layers(model)[0].anyrank_A["default"]
+    assert optimizer.state[a]["exp_avg"].any()
+    plan.begin(7)
+    assert a not in optimizer.state
+    found = model(IDS).logits
+    assert not torch.equal(before[0], rows_of(model)[0])
+    assert (found - wanted).abs().max() < 1e-5
+    norms = layers(model)[0].anyrank_B["default"].norm(dim=0)
+    assert (norms.diff() < 0).all()
+
+
+def test_each_rank_moves_its_own_rows_at_its_own_speed():
+    model = adapted(llama(), method="anyrank", r=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+    a = layers(model)[0].anyrank_A["default"]
+    for number in (7, 8, 9):
+        draw = plan.begin(number)
+        assert sorted(draw.ranks) == [1, 2, 4, 8]
+        for i, rank in enumerate(draw.ranks):
+            assert plan.use(i) == rank
+            model(IDS, labels=IDS).loss.backward()
+            before, gradient = a.detach().clone(), a.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            wanted = before - draw.speeds[rank] * LR * gradient
+            assert torch.allclose(a[:rank], wanted[:rank], atol=1e-7, rtol=1e-6)
+            assert torch.equal(a[rank:], before[rank:])
+            assert gradient[:rank].any()
+
+
+def test_ranks_that_share_a_step_move_at_the_usual_speed():
+    model = adapted(llama(), method="anyrank", r=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+    plan.together = True
+    plan.begin(7)
+    assert not plan.apart
+    for i in range(4):
+        plan.use(i)
+        model(IDS, labels=IDS).loss.backward()
+    a = layers(model)[0].anyrank_A["default"]
+    wanted = a.detach() - LR * a.grad
+    optimizer.step()
+    assert torch.allclose(a, wanted, atol=1e-7)
+
+
 def test_a_plan_that_is_closed_leaves_the_optimizer_alone_and_the_whole_rank_in_use():
     model = adapted(llama(), r=8)
     optimizer = optimizer_of("adamw", model)

@@ -12,6 +12,7 @@ from .pool import pool as pool
 from .pool import pool_columns as pool_columns
 from .repeat import repeat as repeat
 from .repeat import repeat_rows as repeat_rows
+from .rotation import svd_order as svd_order
 from .scale import SCALES as SCALES
 from .scale import scale_at as scale_at
 from .update import Update as Update

@@ -69,7 +69,7 @@ class ModelArguments:
 class AdapterArguments:
     """The adapter and the ranks that a step trains."""
 
-    method: str = _adapter_option("method", "qdylora")
+    method: str = _adapter_option("method", "anyrank")
     lora_r: int = _adapter_option("lora_r", 64)
     lora_alpha: float = _adapter_option("lora_alpha", 16.0)
     lora_dropout: float = _adapter_option("lora_dropout", 0.0)
@@ -80,7 +80,7 @@ class AdapterArguments:
     nested: bool | None = _adapter_option("nested", None)
     pool: int | None = _adapter_option("pool", None)
     repeat: int | None = _adapter_option("repeat", None)
-    schedule: str = _adapter_option("schedule", "uniform")
+    schedule: str | None = _adapter_option("schedule", None)
     ranks: str | None = _adapter_option("ranks", None)
     rank_unit: int = _adapter_option("rank_unit", 1)
     ranks_per_step: int = _adapter_option("ranks_per_step", 1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+from torch import nn
 from transformers import trainer as hf_trainer
 from transformers.trainer_callback import TrainerCallback
 
@@ -34,6 +36,7 @@ class RankCallback(TrainerCallback):
     """Draws the ranks of each step from (seed, step) for every active nested adapter.
 
     With several ranks per step, micro-batch i of a step trains rank i: the ranks share the batch.
+    Where the schedule takes them apart, each micro-batch is an optimizer step of its own.
     """
 
     def __init__(self) -> None:
@@ -54,6 +57,7 @@ class RankCallback(TrainerCallback):
             plan = RankPlan(
                 model, optimizer, total=state.max_steps, seed=args.seed, adapter_name=name
             )
+            plan.together = args.fp16 or bool(args.fsdp)  # scaled or sharded: the Trainer must step
             self.plans.append(plan)
             check_micro_batches(plan.schedule, args.gradient_accumulation_steps)
 
@@ -65,10 +69,23 @@ class RankCallback(TrainerCallback):
             plan.use(0)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the rank of the next micro-batch."""
+        """Set the rank of the next micro-batch, after a step at the rank of this one if apart."""
         self.micro_batch += 1
+        if any(plan.apart for plan in self.plans):
+            self._step(args, kwargs["model"], kwargs["optimizer"])
         for plan in self.plans:
             plan.use(self.micro_batch)
+
+    def _step(self, args: Any, model: Any, optimizer: Any) -> None:
+        """An optimizer step inside of the Trainer's own, which would go on to accumulate."""
+        trained = [p for p in model.parameters() if p.grad is not None]
+        if dist.is_available() and dist.is_initialized():  # the Trainer averages at its own step
+            for parameter in trained:
+                dist.all_reduce(parameter.grad, op=dist.ReduceOp.AVG)
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        getattr(optimizer, "optimizer", optimizer).step()  # that of accelerate would wait
+        model.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation and saving between steps see the whole adapter."""

@@ -10,6 +10,7 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from ..errors import ConfigError, nearest
+from ..schedule import Schedule
 from .arguments import AdapterArguments, DataArguments, ModelArguments, TrainArguments
 
 Chosen = tuple[ModelArguments, AdapterArguments, DataArguments, TrainArguments]
@@ -52,7 +53,20 @@ def parse_train(argv: Sequence[str]) -> Chosen:
             key = word.lstrip("-").split("=")[0]
             raise ConfigError(f"option --{key} is unknown; {nearest_option(key, known)}")
         raise ConfigError(f"{word!r} belongs to no option; write --key value")
-    return tuple(chosen)  # type: ignore[return-value]
+    model, adapter, data, args = chosen
+    split_batch(adapter.config().rank_schedule(), args)
+    return model, adapter, data, args
+
+
+def split_batch(schedule: Schedule, args: TrainArguments) -> None:
+    """Split the batch of a schedule that steps apart, unless micro-batches were asked for.
+
+    The rows of a step stay the same ones; each rank then has a part of them for a step of its own.
+    """
+    parts = schedule.parts
+    if args.gradient_accumulation_steps == 1 and args.per_device_train_batch_size % parts == 0:
+        args.per_device_train_batch_size //= parts
+        args.gradient_accumulation_steps = parts
 
 
 def nearest_option(key: str, known: set[str]) -> str:

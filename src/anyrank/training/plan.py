@@ -9,6 +9,9 @@ Their moments are kept as well. Were only the weights put back, a gradient would
 step that saw it, with 1 - beta1 = 0.1 of its weight, and not in the steps after it: rows that are
 drawn rarely would hardly learn. Moments in 8 bits are the exception: their blocks span rows, so
 they see a zero gradient.
+
+Before the lower ranks settle (schedule.py), the rows are put in the order of their SVD. The product
+of the factors stays, their moments are dropped: they belong to rows that are no more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra import svd_order
 from ..errors import ConfigError
 from ..schedule import Draw, Schedule
 from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
@@ -44,6 +48,9 @@ class RankPlan:
         schedule: the rule; None: the one of the adapter's configuration.
         adapter_name: which adapter; None: the active one.
 
+    Attributes:
+        together: micro-batches share their step even where the schedule takes them apart.
+
     Raises:
         ConfigError: the model holds no such adapter, the optimizer is none of torch, or it holds
             none of the adapter's parameters.
@@ -65,7 +72,9 @@ class RankPlan:
         self.total, self.seed = total, seed
         self._draw = Draw((config.rows,))
         self._trained = self._draw.trained
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._speed = 1.0
+        self.together = False
+        self._kept: list[tuple[Tensor, Tensor, float]] = []  # rows, what they held, their speed
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
@@ -92,14 +101,16 @@ class RankPlan:
 
     def ranks(self, step: int) -> Iterator[int]:
         """Set the ranks of a step one after another; run a forward and backward at each."""
-        for i, rank in enumerate(self.begin(step).ranks):
-            self.use(i)
-            yield rank
+        self.begin(step)
+        for i in range(self.schedule.draws):
+            yield self.use(i)
 
     def begin(self, step: int) -> Draw:
-        """Draw for optimizer step `step`, counted from 0; nothing is set yet."""
+        """Draw for optimizer step `step`, counted from 0; no rank is set yet."""
         self._draw = self.schedule(step, self.total, self.seed)
         self._trained = range(0)
+        if self._draw.order:
+            self._order()
         return self._draw
 
     def use(self, micro_batch: int) -> int:
@@ -107,8 +118,15 @@ class RankPlan:
         rank = self._draw.ranks[micro_batch % len(self._draw.ranks)]
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
-        self._trained = range(self._draw.first, stop)
+        shared = bool(self._trained) and not self.apart  # a step has one speed
+        self._speed = 1.0 if shared else self._draw.speeds.get(rank, 1.0)
+        self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
+
+    @property
+    def apart(self) -> bool:
+        """Whether each micro-batch of this step is an optimizer step of its own."""
+        return self._draw.apart and not self.together
 
     def release(self) -> None:
         """Back to the largest rank, all rows trainable: for evaluation and saving."""
@@ -124,42 +142,48 @@ class RankPlan:
         for layer in self.layers:
             layer.set_rank(self.name, rank, first)
 
+    @torch.no_grad()
+    def _order(self) -> None:
+        """Put the rows of every layer in the order of their SVD, and forget their moments."""
+        for layer in self.layers:
+            a, b = layer.anyrank_A[self.name], layer.anyrank_B[self.name]
+            for parameter, ordered in zip((a, b), svd_order(a, b), strict=True):
+                parameter.copy_(ordered)
+                self.optimizer.state.pop(parameter, None)
+
     def _keep(self) -> None:
         start, stop = self._trained.start, self._trained.stop
-        self._kept = [
-            (part, part.clone())
-            for layer in self.layers
-            for tensor, by_column in self._moved(layer)
-            for part in _rows_outside(tensor.T if by_column else tensor, start, stop)
-        ]
+        self._kept = []
+        for layer in self.layers:
+            for tensor, by_column, is_weight in self._moved(layer):
+                matrix = tensor.T if by_column else tensor
+                outside = [(matrix[:start], 0.0), (matrix[stop:], 0.0)]
+                faster = [(matrix[start:stop], self._speed)] if self._speed != 1 else []
+                for part, speed in outside + faster * is_weight:
+                    if part.numel():
+                        self._kept.append((part, part.clone(), speed))
 
-    def _moved(self, layer: AnyRankLinear) -> Iterator[tuple[Tensor, bool]]:
-        """What a step changes in A and B: the weights and the moments; and whether by column."""
+    def _moved(self, layer: AnyRankLinear) -> Iterator[tuple[Tensor, bool, bool]]:
+        """What a step changes in A and B; whether its rows are columns; whether it is no moment."""
         for parameter, by_column in (
             (layer.anyrank_A[self.name], False),
             (layer.anyrank_B[self.name], True),
         ):
             if parameter.grad is None:
                 continue
-            yield parameter.detach(), by_column
+            yield parameter.detach(), by_column, True
             for value in self.optimizer.state[parameter].values():
                 floating = isinstance(value, Tensor) and value.is_floating_point()
                 if floating and value.shape == parameter.shape:
-                    yield value, by_column
+                    yield value, by_column, False
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        for part, before in self._kept:
-            part.copy_(before)
+        """Rows outside of the draw to where they were, the others on by their speed."""
+        for part, before, speed in self._kept:
+            part.copy_(before.lerp(part, speed) if speed else before)
         self._kept = []
         self.release()
-
-
-def _rows_outside(matrix: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-    """Views of the rows of a matrix outside of [start, stop)."""
-    for part in (matrix[:start], matrix[stop:]):
-        if part.numel():
-            yield part
 
 
 def active_adapters(model: Any) -> list[str]:

@@ -25,7 +25,7 @@ class _TypeName(str):
 
 PEFT_TYPE = _TypeName("ANYRANK")
 _SCHEDULE = {
-    "schedule": "uniform",
+    "schedule": None,
     "ranks": None,
     "rank_unit": 1,
     "ranks_per_step": 1,
@@ -46,7 +46,7 @@ class AnyRankConfig(PeftConfig):
         RankError: a rank outside of 1..rows.
     """
 
-    method: str = _option("qdylora", "Row of anyrank.METHODS, such as lora, qdylora or qbara.")
+    method: str = _option("anyrank", "Row of anyrank.METHODS, such as anyrank, lora or qdylora.")
     r: int = _option(64, "The largest rank. Q-BaRA holds 2r rows, as many numbers as LoRA of r.")
     lora_alpha: float = _option(16.0, "Strength of the adapter, dimensionless; see scale.")
     lora_dropout: float = _option(0.0, "Probability with which an input of the adapter is zeroed.")
@@ -54,7 +54,7 @@ class AnyRankConfig(PeftConfig):
     nested: bool | None = _option(None, "Train every rank, not only the largest.")
     pool: int | None = _option(None, "p: neighbouring inputs that share a mean.")
     repeat: int | None = _option(None, "q: neighbouring outputs that share a value.")
-    schedule: str = _option("uniform", "Rank drawn per step when nested: uniform or sandwich.")
+    schedule: str | None = _option(None, "Ranks per step when nested: settle, uniform or sandwich.")
     ranks: list[int] | None = _option(None, "Ranks to draw from; None: all that the adapter holds.")
     rank_unit: int = _option(1, "Rows that are drawn together; ranks are multiples of it.")
     ranks_per_step: int = _option(1, "Ranks per optimizer step, shared by its micro-batches.")
@@ -82,7 +82,10 @@ class AnyRankConfig(PeftConfig):
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be positive")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
-        self.scale = self.scale or ("alpha/k" if self.nested else preset.scale)
+        if self.schedule is None and (preset.nested or self.nested):
+            self.schedule = preset.schedule
+        usual = "alpha/k" if self.nested else preset.scale
+        self.scale = self.scale or ("alpha/r" if self.schedule == "settle" else usual)
         if self.scale not in SCALES:
             raise ConfigError(f"scale={self.scale!r} is unknown; {nearest(self.scale, SCALES)}")
         self.nested = preset.nested if self.nested is None else self.nested
@@ -114,6 +117,12 @@ class AnyRankConfig(PeftConfig):
             raise RankError(
                 f"ranks={list(self.ranks)} must hold the largest rank, {self.rows}, or its last "
                 f"rows would never be trained; add it, or lower r"
+            )
+        if self.schedule == "settle" and self.scale != "alpha/r":
+            raise ConfigError(
+                f"schedule='settle' cuts low ranks from the largest one, which needs one scale for "
+                f"all of them: scale='alpha/r', got {self.scale!r}; leave scale out, or use "
+                "schedule='uniform'"
             )
         self.rank_schedule()
 
@@ -150,7 +159,7 @@ class AnyRankConfig(PeftConfig):
             return Schedule(max(self.rows, 1), kind="full")
         return Schedule(
             self.rows,
-            kind=self.schedule,
+            kind=self.schedule or "uniform",
             ranks=None if self.ranks is None else tuple(self.ranks),
             unit=self.rank_unit,
             per_step=self.ranks_per_step,
