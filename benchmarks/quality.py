@@ -70,7 +70,7 @@ PLANS: dict[str, Plan] = {
         f"--method qdylora --ranks {LISTED} --schedule sandwich", compute=8 / 9, parts=3
     ),
     "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", parts=4),
-    "anyrank": Plan("--method anyrank", ("5e-3", "1e-2", "2e-2"), compute=1.15, parts=4),
+    "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4), compute=1.15, parts=4),
 }
 
 
@@ -125,7 +125,7 @@ class Bench:
         self.anyrank(
             "train", "--model_name_or_path", chosen.model, "--dataset", chosen.data / "train.jsonl",
             "--prompt_column", "question", "--completion_column", "answer", *plan.options.split(),
-            "--max_steps", round(chosen.steps * plan.compute), "--learning_rate", run.rate,
+            "--max_steps", int(chosen.steps * plan.compute), "--learning_rate", run.rate,
             "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", plan.parts,
             "--train_sampling_strategy", "group_by_length", "--warmup_steps", 0,
             "--max_length", 512, "--save_strategy", "no", "--seed", run.seed,

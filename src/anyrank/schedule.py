@@ -25,7 +25,7 @@ from .errors import ConfigError, RankError, nearest
 KINDS = ("full", "uniform", "sandwich", "settle")
 SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
 LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
-SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
+SLOWLY = 0.25  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
