@@ -70,7 +70,7 @@ PLANS: dict[str, Plan] = {
         f"--method qdylora --ranks {LISTED} --schedule sandwich", compute=8 / 9, parts=3
     ),
     "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", parts=4),
-    "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4), compute=1.15, parts=4),
+    "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4),
 }
 
 
