@@ -21,7 +21,7 @@ All other options are those of anyrank train; these change memory:
 
 Model    --model_name_or_path     folder or Hub name          --dtype          auto
          --load_in_4bit           as the method says          --attn_implementation
-Adapter  --method, --lora_r       qdylora, 64                 --lora_target_modules all-linear
+Adapter  --method, --lora_r       anyrank, 64                 --lora_target_modules all-linear
          --nested, --pool, --repeat                           --lora_dropout   0
 Steps    --per_device_train_batch_size 8                      --gradient_accumulation_steps 1
          --max_length             1024 tokens                 --packing        false

@@ -22,7 +22,7 @@ Adapter  --method                 {methods}
          --nested                 every rank                  --scale          alpha/k, alpha/r ...
          --pool, --repeat         as the method says          --foldable       checked, to be folded
          --ranks                  1,2,4,8,16,32,64 to draw from; default: all of them
-         --schedule               uniform or sandwich         --rank_unit, --ranks_per_step
+         --schedule               settle, uniform, sandwich   --rank_unit, --ranks_per_step
 Steps    --max_steps              or --num_train_epochs 3     --learning_rate  2e-4
          --per_device_train_batch_size 8                      --gradient_accumulation_steps 1
          --lr_scheduler_type      linear                      --warmup_steps   0.03
@@ -32,6 +32,8 @@ Run      --output_dir             new folder                  --report_to      n
          --save_steps             500                         --logging_steps  10
          --resume_from_checkpoint true, or a checkpoint
 
+The default method, anyrank, trains rank r for 70 % of the steps, and then ranks 1, 2, 4 and r in turn;
+each has a step for itself on a micro-batch, so a batch that was not split goes in four parts.
 --config takes the same keys from YAML. --help_all lists every key (all of TRL's SFTConfig).
 """
 
