@@ -1,33 +1,31 @@
-"""A finished run of one rank, cut to lower ranks: as it lies, or in the order of its SVD."""
+"""A finished run of one rank, to be cut to lower ranks: as its rows lie, or in SVD order."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-import torch
-import yaml
 from safetensors.torch import load_file, save_file
+
+WEIGHTS, RESULT = "adapter_model.safetensors", "result.json"
 
 
 def write_cut(run: Path, out: Path, how: str) -> None:
-    """Copy a run, its rows in the order of their SVD ("svd") or as they are ("prefix").
+    """Copy a run so that `anyrank sweep --ranks` evaluates its prefixes; B A stays what it is.
 
-    The product B A stays; `anyrank sweep --ranks` then evaluates its prefixes.
+    Args:
+        run: a finished run of a LoRA.
+        out: the copy; what an earlier call left there is replaced.
+        how: "svd" puts the rows in the order of their SVD, "prefix" leaves them as they are.
     """
     from anyrank.algebra import svd_order
 
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(run, out, ignore=shutil.ignore_patterns("result.json", "sweep.*"))
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns(RESULT, "sweep.*"))
     if how == "svd":
-        path = out / "adapter_model.safetensors"
-        tensors = load_file(path)
-        for name in [name for name in tensors if "anyrank_A" in name]:
-            other = name.replace("anyrank_A", "anyrank_B")
-            tensors[name], tensors[other] = svd_order(tensors[name], tensors[other])
-        save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copy(run / "result.json", out / "result.json")
-    assert yaml.safe_load((out / "config.yaml").read_text())
-    assert json.loads((out / "result.json").read_text())
-    assert torch.isfinite(next(iter(load_file(out / "adapter_model.safetensors").values()))).all()
+        tensors = load_file(out / WEIGHTS)
+        for a in [name for name in tensors if "anyrank_A" in name]:
+            b = a.replace("anyrank_A", "anyrank_B")
+            tensors[a], tensors[b] = svd_order(tensors[a], tensors[b])
+        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    shutil.copy(run / RESULT, out / RESULT)  # last: the copy is complete
