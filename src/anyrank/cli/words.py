@@ -27,6 +27,21 @@ def count(text: str) -> int:
     return int(text)
 
 
+def count_from_0(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Words with commas between them."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} must name at least one, such as a,b")
+    return found
+
+
 def nats(text: str) -> float:
     """A loss."""
     try:
