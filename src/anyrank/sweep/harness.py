@@ -166,10 +166,12 @@ def _found(word: str, path: Path | None, manager: Any) -> list[str]:
     if path is None:
         if found := manager.match_tasks([word]):
             return found
-        near = nearest(word, manager.all_tasks)
-        near = near if near.startswith("did you mean") else "lm-eval ls tasks lists all"
-        folder = f"; for the folder write .{os.sep}{word}" if Path(word).is_dir() else ""
-        raise ConfigError(f"--tasks {word}: no such task in lm-eval; {near}{folder}")
+        hint = nearest(word, manager.all_tasks)
+        if Path(word).is_dir():
+            hint = f"for the folder write .{os.sep}{word}"
+        elif not hint.startswith("did you mean"):
+            hint = "lm-eval ls tasks lists them"  # rather than 14,000 names
+        raise ConfigError(f"--tasks {word}: no such task in lm-eval; {hint}")
     if path.is_file():
         return [str(path)]
     own = type(manager)(include_path=str(path), include_defaults=False)
