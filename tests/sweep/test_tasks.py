@@ -103,13 +103,14 @@ def test_every_rank_is_measured_on_one_model():
     assert about["tasks"]["first"]["rows"] == 9
 
 
-@pytest.fixture
-def finished(base_folder, rows_file, tmp_path):
+@pytest.fixture(scope="module")
+def finished(base_folder, rows_file, tmp_path_factory):
     """A finished run of one step, without validation rows."""
-    words = f"--model_name_or_path {base_folder} --dataset {rows_file} --output_dir {tmp_path}/run"
+    folder = tmp_path_factory.mktemp("sweep")
+    words = f"--model_name_or_path {base_folder} --dataset {rows_file} --output_dir {folder}/run"
     more = "--method dylora --lora_r 8 --max_steps 1 --disable_tqdm true"
     assert run(["train", *words.split(), *more.split()]) == 0
-    return tmp_path / "run"
+    return folder / "run"
 
 
 def test_a_sweep_over_tasks_needs_no_validation_rows(finished, rows_file, monkeypatch, capsys):
@@ -152,6 +153,22 @@ def test_without_lm_eval_one_line_says_how_to_install_it(finished, monkeypatch, 
     assert capsys.readouterr().err.splitlines()[-1] == (
         "anyrank: --tasks needs lm-eval; pip install 'anyrank[eval]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--num_fewshot 5", "--num_fewshot does nothing without --tasks; add it, or leave "),
+        ("--apply_chat_template", "--apply_chat_template does nothing without --tasks; add it, "),
+        ("--tasks a --tolerance 1", "--tolerance does nothing with --tasks, whose standard errors"),
+        ("--tasks a --exact_match", "--exact_match does nothing with --tasks alone; add --dataset"),
+        ("--tasks ,", "argument --tasks: ',' must name at least one, such as a,b; see anyrank "),
+        ("--num_fewshot -1", "argument --num_fewshot: '-1' must be a whole number from 0; see "),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(finished, capsys, words, text):
+    assert run(["sweep", str(finished), *words.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"anyrank: {text}")
 
 
 def test_the_report_shows_each_task_with_its_standard_error(tmp_path):

@@ -29,14 +29,12 @@ def _arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of a finished anyrank train")
     add("--dataset", help="rows to evaluate on (default: the run's validation rows)")
-    add("--dataset_config", help="configuration of a Hub data set")
+    add("--dataset_config", metavar="NAME", help="configuration of a Hub data set")
     add("--split", help="split of a Hub data set or a folder (test)")
-    add("--prompt_column", help="column of the prompt (default: as in the run)")
-    add("--completion_column", help="column of the completion (default: as in the run)")
+    add("--prompt_column", metavar="NAME", help="column of the prompt (default: as in the run)")
+    add("--completion_column", metavar="NAME", help="column of the completion (likewise)")
     add("--tasks", type=names, help="lm-eval tasks, YAML files or folders: mmlu,gsm8k,./my.yaml")
-    add(
-        "--num_fewshot", type=count_from_0, metavar="N", help="examples (default: as the task says)"
-    )
+    add("--num_fewshot", type=count_from_0, metavar="N", help="examples (default: the task's)")
     add("--apply_chat_template", action="store_true", help="put tasks into the chat template")
     add("--ranks", help="such as 1,2,4,8 (default: those trained, or a doubling series)")
     add("--limit", type=count, metavar="N", help="use the first N rows (of each task)")

@@ -15,9 +15,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+class _Wide(argparse.HelpFormatter):
+    """An option and its text on one line, where they fit."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
 def verb_parser(verb: str, text: str) -> argparse.ArgumentParser:
     """A parser for one verb."""
-    return _Parser(prog=f"anyrank {verb}", description=text, allow_abbrev=False)
+    return _Parser(
+        prog=f"anyrank {verb}", description=text, allow_abbrev=False, formatter_class=_Wide
+    )
 
 
 def count(text: str) -> int:
