@@ -15,7 +15,14 @@ from tiny import IDS, adapted, llama
 from anyrank.cli import run
 from anyrank.errors import DataError
 from anyrank.sweep.report import reason, table, write_report
-from anyrank.sweep.tasks import TaskScore, choose_by_tasks, good_enough, main_score, measure
+from anyrank.sweep.tasks import (
+    TaskScore,
+    choose_by_tasks,
+    good_enough,
+    main_score,
+    measure,
+    without_gain,
+)
 
 
 def accuracies(better: bool = True, **values: tuple[float, float | None]) -> dict[int, TaskScore]:
@@ -175,7 +182,7 @@ def test_the_report_shows_each_task_with_its_standard_error(tmp_path):
     scores = {"gsm8k": {"value": 0.25, "stderr": 0.05}, "wiki": {"value": 9.0, "stderr": None}}
     row = {"tasks": scores, "parameters": 8, "bytes": 80}
     found = {
-        "base": {"tasks": scores},
+        "base": {"tasks": {n: s | {"value": s["value"] - 0.1} for n, s in scores.items()}},
         "ranks": [{"rank": k, **row} for k in (1, 2)],
         "chosen_rank": 2,
         "method": "qdylora",
@@ -190,6 +197,12 @@ def test_the_report_shows_each_task_with_its_standard_error(tmp_path):
     assert [column.header for column in shown.columns] == [
         "rank", "gsm8k\nexact_match,strict-match", "wiki\nperplexity", "parameters", "LoRA file"
     ]  # fmt: skip
-    assert list(shown.columns[1].cells) == ["0.250 ± 0.050"] * 3
-    assert list(shown.columns[2].cells) == ["9.000"] * 3
+    assert list(shown.columns[1].cells) == ["0.150 ± 0.050"] + ["0.250 ± 0.050"] * 2
+    assert list(shown.columns[2].cells) == ["8.900", "9.000", "9.000"]
     assert reason(found) == "within one standard error of the best on gsm8k (1 of 2 tasks)"
+    for better, flat in ((True, []), (False, ["wiki"])):
+        found["tasks"]["gsm8k"]["higher_is_better"] = True
+        found["tasks"]["wiki"]["higher_is_better"] = better
+        assert without_gain(found) == flat
+    scores["gsm8k"]["stderr"] = 0.2
+    assert without_gain(found) == ["gsm8k", "wiki"]

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     from ..schedule import rank_list
     from ..sweep.report import reason, table
     from ..sweep.sweep_run import SweepOptions, sweep_run
+    from ..sweep.tasks import without_gain
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
     chosen["ranks"] = rank_list(chosen["ranks"], "ranks")
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
     Console().print(table(found))
     if not found["nested"] and len(found["ranks"]) > 1:
         print("Note: this run trained its largest rank alone; its prefixes never learned to stand.")
+    if "tasks" in found and (flat := without_gain(found)):
+        print(f"Note: no rank is a standard error better than the base on {', '.join(flat)}.")
     if found["chosen_rank"] is None and found["ranks"][0]["rank"]:
         what = "score" if "tasks" in found else "loss"
         print(f"No rank has a finite {what}: the run diverged; train with a lower --learning_rate.")

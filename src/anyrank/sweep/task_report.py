@@ -47,5 +47,5 @@ def plot_tasks(path: Path, found: Mapping[str, Any]) -> None:
     axes.grid(alpha=0.25)
     chosen = f"chosen: rank {found['chosen_rank']}"
     axes.set_title(f"One run, every rank: {found['method']}, base dotted, {chosen}")
-    axes.legend(loc="best", frameon=False)
+    axes.legend(loc="best", framealpha=0.8)
     figure.savefig(path, dpi=150)
