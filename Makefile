@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 READERS := .venv-exports
+HARNESS := .venv-eval
 BIN := $(VENV)/bin
 PIP := pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL := $(BIN)/$(PIP)
 LLAMA_CPP := -DLLAVA_BUILD=OFF $(patsubst %,-DLLAMA_BUILD_%=OFF,TESTS TOOLS EXAMPLES SERVER)
 
-.PHONY: demo test lint slow test-exports clean
+.PHONY: demo test lint slow test-exports test-eval clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -28,6 +29,11 @@ test-exports: $(READERS)/.installed
 	$(READERS)/bin/python -c 'import gguf, hqq, llama_cpp, mlx.core, mlx_lm, torchao'
 	$(READERS)/bin/pytest -m slow tests/export
 
+# Standard tasks through lm-eval, whose 40 packages (350 MB) the other tests can do without.
+test-eval: $(HARNESS)/.installed
+	$(HARNESS)/bin/python -c 'import lm_eval'
+	$(HARNESS)/bin/pytest tests/sweep
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyrank needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
@@ -47,5 +53,10 @@ $(READERS)/.installed: pyproject.toml constraints.txt
 	DISABLE_CUDA=1 CMAKE_ARGS="$(LLAMA_CPP)" $(READERS)/bin/$(PIP) -e '.[nf4,test-exports]'
 	touch $@
 
+$(HARNESS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/$(PIP) -e '.[nf4,eval,test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(READERS) demo-run
+	rm -rf $(VENV) $(READERS) $(HARNESS) demo-run

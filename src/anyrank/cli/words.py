@@ -15,9 +15,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+class _Wide(argparse.HelpFormatter):
+    """An option and its text on one line, where they fit."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
 def verb_parser(verb: str, text: str) -> argparse.ArgumentParser:
     """A parser for one verb."""
-    return _Parser(prog=f"anyrank {verb}", description=text, allow_abbrev=False)
+    return _Parser(
+        prog=f"anyrank {verb}", description=text, allow_abbrev=False, formatter_class=_Wide
+    )
 
 
 def count(text: str) -> int:
@@ -25,6 +34,21 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
     return int(text)
+
+
+def count_from_0(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Words with commas between them."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} must name at least one, such as a,b")
+    return found
 
 
 def nats(text: str) -> float:

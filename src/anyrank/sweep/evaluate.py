@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import DataError
 
 IGNORED = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,26 @@ def evaluate_ranks(
     Returns:
         The score of the base, and of each rank.
     """
+    return each_rank(model, ranks, lambda: score(model, rows, batch_size, answers), progress)
+
+
+def each_rank(
+    model: Any, ranks: Sequence[int], measure: Callable[[], T], progress: Callable[[str], None]
+) -> tuple[T, dict[int, T]]:
+    """Measure the base without adapter, then every rank; without ranks the whole adapter, as 0."""
     with evaluation(model):
         progress("base")
         with model.disable_adapter():
-            base = score(model, rows, batch_size, answers)
-        scores = {}
+            base = measure()
+        found = {}
         for rank in ranks:
             progress(f"rank {rank}")
             with model.set_rank(rank):
-                scores[rank] = score(model, rows, batch_size, answers)
+                found[rank] = measure()
         if not ranks:
             progress("adapter")
-            scores[0] = score(model, rows, batch_size, answers)
-    return base, scores
+            found[0] = measure()
+    return base, found
 
 
 def score(model: Any, rows: Rows, batch_size: int, answers: Answers | None = None) -> Score:

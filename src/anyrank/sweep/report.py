@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from . import tasks
+from .task_report import plot_tasks, task_cells, task_headers
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
     """Write sweep.png (where there is a curve) and then sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     if found["chosen_rank"] and len(found["ranks"]) > 1:
-        plot(folder / "sweep.png", found)
+        draw = plot_tasks if "tasks" in found else plot
+        draw(folder / "sweep.png", found)
     write_json(folder / "sweep.json", found)
 
 
@@ -20,21 +23,29 @@ def table(found: dict[str, Any]) -> Any:
     """The figures as a rich table; the chosen rank is marked."""
     from rich.table import Table
 
-    with_answers = "exact_match" in found["base"]
-    out = Table(title=f"{found['rows']} rows, {found['tokens']:,} completion tokens")
-    for name in ("rank", "nats/token", "perplexity", *(["exact match"] if with_answers else [])):
+    with_loss, with_answers = "loss" in found["base"], "exact_match" in found["base"]
+    title = f"{found['rows']} rows, {found['tokens']:,} completion tokens" if with_loss else None
+    out = Table(title=title)
+    names = ["nats/token", "perplexity"] * with_loss + ["exact match"] * with_answers
+    for name in ("rank", *names, *task_headers(found), "parameters", "LoRA file"):
         out.add_column(name, justify="right")
-    out.add_column("parameters", justify="right")
-    out.add_column("LoRA file", justify="right")
     for row in (found["base"] | {"rank": "base", "parameters": 0, "bytes": 0}, *found["ranks"]):
         chosen = row["rank"] is not None and row["rank"] == found["chosen_rank"]
         cells = [f"{row['rank'] or 'dense'}{' <' if chosen else ''}"]
-        cells += [f"{row['loss']:.3f}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['loss']:.3f}", f"{row['perplexity']:.2f}"] if with_loss else []
         cells += [f"{row['exact_match']:.1%}"] if with_answers else []
+        cells += task_cells(row).values()
         cells += [f"{row['parameters']:,}" if row["parameters"] else "-"]
         cells += [f"{row['bytes'] / 1e6:.2f} MB" if row["bytes"] else "-"]
         out.add_row(*cells, style="bold green" if chosen else None)
     return out
+
+
+def reason(found: dict[str, Any]) -> str:
+    """Why the chosen rank was chosen, to follow 'rank 8, the smallest'."""
+    if "tasks" in found:
+        return tasks.reason(found)
+    return f"within {found['tolerance']:g} nats per token of the best"
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""`anyrank sweep`: a finished run, evaluated at every rank on validation rows."""
+"""`anyrank sweep`: a finished run, evaluated at every rank on validation rows or tasks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..training.tokens import tokenize_rows
 from .choose import TOLERANCE, choose_rank
 from .evaluate import IGNORED, Rows, evaluate_ranks, exact_match
 from .report import write_report
+from .tasks import Measured, task_scores
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class SweepOptions:
     exact_match: bool = False
     answer_pattern: str | None = None
     max_new_tokens: int = 128
+    tasks: Sequence[str] | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
     out: Path | None = None
     trust_remote_code: bool = False
 
@@ -58,6 +62,34 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     adapter = SavedAdapter.read(run.folder)
     ranks = ranks_to_sweep(adapter, options.ranks)
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    parts = [task_scores(options, tokenizer, ranks)] if options.tasks else []
+    if not options.tasks or options.dataset is not None:
+        parts.insert(0, _losses(run, options, tokenizer, ranks))
+    model = _load(run, options)
+    base: dict[str, Any] = {}
+    scores: dict[int, dict[str, Any]] = {rank: {} for rank in ranks or [0]}
+    about: dict[str, Any] = {}
+    for part in parts:
+        of_base, of_ranks, of_all = part(model)
+        base, about = base | of_base, about | of_all
+        scores = {rank: row | of_ranks[rank] for rank, row in scores.items()}
+    found = {
+        "base": base,
+        "ranks": [
+            {"rank": rank or None, **row, **_size(adapter, rank)} for rank, row in scores.items()
+        ],
+        **about,
+        "method": run.config["method"],
+        "nested": adapter.config.nested,
+    }
+    write_report(options.out or run.folder, found)
+    return found
+
+
+def _losses(
+    run: Run, options: SweepOptions, tokenizer: Any, ranks: Sequence[int]
+) -> Callable[[Any], Measured]:
+    """Load the validation rows, for a measurement of the loss at every rank."""
     source, rows = token_rows(run, options, tokenizer)
     answers = None
     if options.exact_match:
@@ -68,34 +100,30 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
             pattern=options.answer_pattern,
             batch_size=options.batch_size,
         )
-    model = _load(run, options)
-    with _bar() as bar:
-        task = bar.add_task("sweep", total=max(len(ranks), 1) + 1)
 
-        def progress(what: str) -> None:
-            bar.update(task, description=what, advance=0 if what == "base" else 1)
+    def of(model: Any) -> Measured:
+        with _bar() as bar:
+            task = bar.add_task("sweep", total=max(len(ranks), 1) + 1)
 
-        base, scores = evaluate_ranks(
-            model, rows, ranks, batch_size=options.batch_size, answers=answers, progress=progress
-        )
-        bar.update(task, advance=1, description="done")
-    chosen = choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
-    found = {
-        "base": base.as_dict(),
-        "ranks": [
-            {"rank": rank or None, **s.as_dict(), **_size(adapter, rank)}
-            for rank, s in scores.items()
-        ],
-        "chosen_rank": chosen or None,
-        "tolerance": options.tolerance,
-        "method": run.config["method"],
-        "nested": adapter.config.nested,
-        "dataset": source,
-        "rows": len(rows),
-        "tokens": sum(label != IGNORED for row in rows for label in row["labels"][1:]),
-    }
-    write_report(options.out or run.folder, found)
-    return found
+            def progress(what: str) -> None:
+                bar.update(task, description=what, advance=0 if what == "base" else 1)
+
+            size = options.batch_size
+            base, scores = evaluate_ranks(
+                model, rows, ranks, batch_size=size, answers=answers, progress=progress
+            )
+            bar.update(task, advance=1, description="done")
+        chosen = choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
+        about = {
+            "chosen_rank": chosen or None,
+            "tolerance": options.tolerance,
+            "dataset": source,
+            "rows": len(rows),
+            "tokens": sum(label != IGNORED for row in rows for label in row["labels"][1:]),
+        }
+        return base.as_dict(), {rank: s.as_dict() for rank, s in scores.items()}, about
+
+    return of
 
 
 def token_rows(run: Run, options: SweepOptions, tokenizer: Any) -> tuple[str, Rows]:
