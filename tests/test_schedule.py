@@ -116,7 +116,11 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
     schedule = Schedule(64, kind="settle")
     found = draws(schedule, 10)
     assert found[:7] == [Draw((64,))] * 7
-    assert [draw.ranks for draw in found[7:]] == [(1, 2, 4, 64), (2, 4, 64, 1), (4, 64, 1, 2)]
+    assert [draw.ranks for draw in found[7:]] == [
+        (1, 2, 64, 1, 4, 64),
+        (2, 64, 1, 4, 64, 1),
+        (64, 1, 4, 64, 1, 2),
+    ]
     assert [draw.order for draw in found] == [False] * 7 + [True, False, False]
     assert all(draw.apart for draw in found[7:])
     speeds = found[7].speeds
@@ -129,15 +133,23 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
     ("options", "turns"),
     [
         ({"rows": 3}, (1, 2, 3)),
+        ({"rows": 2}, (1, 2)),
         ({"rows": 1}, (1,)),
         ({"rows": 16, "unit": 4}, (4, 8, 16)),
-        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 16, 32)),
+        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 32, 2, 16, 32)),
     ],
 )
 def test_settle_takes_the_lowest_ranks_that_there_are(options, turns):
     schedule = Schedule(kind="settle", **options)
     assert schedule(70, 100, 0).ranks == turns
-    assert schedule.parts == len(turns)
+    assert schedule.parts == 4
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 5])
+def test_settle_gives_every_turn_the_same_share_however_many_a_step_takes(micro_batches):
+    found = draws(Schedule(64, kind="settle"), 20)[14:]
+    counts = Counter(rank for draw in found for rank in draw.ranks[:micro_batches])
+    assert [counts[rank] / micro_batches for rank in (1, 2, 4, 64)] == [2, 1, 1, 2]
 
 
 def test_settle_never_orders_an_adapter_that_was_not_trained():

@@ -24,8 +24,9 @@ from .errors import ConfigError, RankError, nearest
 
 KINDS = ("full", "uniform", "sandwich", "settle")
 SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
+PARTS = 4  # micro-batches of a step, each of which is then a step of its own
 LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
-SLOWLY = 0.25  # of the learning rate, at which the largest rank goes on then
+SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Schedule:
     @property
     def parts(self) -> int:
         """Micro-batches per step with which the schedule trains best; any number will do."""
-        return len(self._lowest) + 1 if self.kind == "settle" else 1
+        return PARTS if self.kind == "settle" else 1
 
     def __call__(self, step: int, total: int, seed: int) -> Draw:
         """The draw of a step.
@@ -136,7 +137,7 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank, then 1, 2, 4 and the largest in turn.
+        """The largest rank r, then 1, 2, r, 1, 4, r, and so on.
 
         At one learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k)
         times as far per step as at alpha/r: that is the speed of rank k here. The largest rank is
@@ -145,19 +146,21 @@ class Schedule:
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
             return Draw((self.rows,))
-        turns = (*self._lowest, self.rows)
-        shift = (step - start) % len(turns)
-        speeds = {rank: (self.rows / rank) ** 0.5 for rank in self._lowest}
-        speeds[self.rows] = SLOWLY
+        turns = self._turns
+        shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
+        speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}
         ranks = turns[shift:] + turns[:shift]
         return Draw(ranks, order=step == start, apart=True, speeds=speeds)
 
     @property
-    def _lowest(self) -> tuple[int, ...]:
-        """The lowest ranks to choose from; a doubling series where none are listed."""
+    def _turns(self) -> tuple[int, ...]:
+        """1, 2, r, 1, 4, r: the lowest ranks to choose from, the first of them most often."""
         doubled = (self.unit * 2**i for i in range(LOWEST))
         lowest = doubled if self.ranks is None else self.choices[:LOWEST]
-        return tuple(rank for rank in lowest if rank < self.rows)
+        first, *others = [rank for rank in lowest if rank < self.rows] or [self.rows]
+        if not others:
+            return (first, self.rows) if first < self.rows else (first,)
+        return tuple(rank for other in others for rank in (first, other, self.rows))
 
 
 def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:
