@@ -94,11 +94,17 @@ def test_one_row_needs_no_mask(tmp_path):
     assert abs(error(tmp_path, "llama", words, batch=1)) < 0.02
 
 
-def test_a_step_of_a_small_rank_copies_the_other_rows(tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        "--method dylora --ranks 1,64 --max_steps 3",
+        "--method anyrank --load_in_4bit false --max_steps 10",
+    ],
+)
+def test_a_step_of_a_small_rank_copies_the_other_rows(tmp_path, method):
     """The adapter is most of this run, and the smallest rank is drawn within a few steps."""
     base = write_base("llama", tmp_path / "base")
-    more = "--method dylora --lora_r 64 --ranks 1,64 --gradient_checkpointing true --max_steps 3"
-    words = words_of(base, 1, 32, more)
+    words = words_of(base, 1, 32, f"{method} --lora_r 64 --gradient_checkpointing true")
     estimate = planner(words).estimate(1, 32)
     assert estimate.phase == "optimizer step"
     assert abs((estimate.total - estimate.overhead) / measured_peak(words) - 1) < 0.02

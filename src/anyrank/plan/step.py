@@ -195,9 +195,10 @@ class FakeRun:
         if self.args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         for plan in self.plans:
-            step = _smallest_draw(plan)
-            for micro_batch in range(len(plan.begin(step).ranks)):
-                plan.use(micro_batch)
+            draw = plan.begin(_smallest_draw(plan))
+            each = range(len(draw.ranks))
+            for i in [draw.ranks.index(min(draw.ranks))] if plan.apart else each:
+                plan.use(i)
         self.optimizer.step()
         self.model.zero_grad()
 
@@ -207,8 +208,13 @@ def _no(*_: Any) -> bool:
 
 
 def _smallest_draw(plan: RankPlan) -> int:
-    """The step of a run that trains the fewest rows."""
-    return min(range(DRAWS), key=lambda step: len(plan.schedule(step, DRAWS, plan.seed).trained))
+    """The step of a run that trains the fewest rows while the others have moments."""
+
+    def size(step: int) -> tuple[bool, int]:
+        draw = plan.schedule(step, DRAWS, plan.seed)
+        return draw.order, min(draw.ranks) if draw.apart else len(draw.trained)
+
+    return min(range(DRAWS), key=size)
 
 
 @contextmanager
