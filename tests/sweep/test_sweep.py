@@ -47,6 +47,16 @@ def test_every_rank_and_the_base_get_the_loss_of_their_own_logits(batch_size):
     assert len({score.loss for score in scores.values()}) == 3
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_nats_of_every_row_keep_the_order_of_the_rows(batch_size):
+    model = adapted(llama())
+    _, scores = anyrank.evaluate_ranks(model, ROWS, [2, 4], batch_size=batch_size)
+    for rank, score in scores.items():
+        with model.set_rank(rank):
+            alone = [anyrank.evaluate_ranks(model, [row], [rank])[1][rank].loss for row in ROWS]
+        assert score.nats == pytest.approx([n * t for n, t in zip(alone, (2, 6, 1), strict=True)])
+
+
 def test_rows_of_similar_length_are_padded_on_the_right():
     first, second = batches(ROWS, 2, "cpu")
     assert first["input_ids"].tolist() == [[12, 13, 0, 0], [1, 2, 3, 4]]
@@ -107,9 +117,11 @@ def test_the_smallest_rank_within_the_tolerance_is_chosen(losses, tolerance, cho
 
 def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     row = {"loss": 1.0, "perplexity": math.e, "exact_match": 0.5}
+    sizes = [{"rank": k, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)]
+    above = [{"above_best": d, "above_best_se": d / 4} for d in (0.01, 0.04, 0.0)]
     found = {
         "base": row,
-        "ranks": [{"rank": k, **row, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)],
+        "ranks": [{**row, **size, **error} for size, error in zip(sizes, above, strict=True)],
         "chosen_rank": 1,
         "method": "qdylora",
         "rows": 3,
@@ -119,6 +131,8 @@ def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sweep.json", "sweep.png"]
     shown = table(found)
     assert [c.header for c in shown.columns] == [
-        "rank", "nats/token", "perplexity", "exact match", "parameters", "LoRA file"
+        "rank", "nats/token", "above the best", "perplexity", "exact match", "parameters",
+        "LoRA file",
     ]  # fmt: skip
+    assert list(shown.columns[2].cells) == ["-", "0.0100 ± 0.0025", "0.0400 ± 0.0100", "-"]
     assert list(shown.columns[0].cells) == ["base", "1 <", "2", "4"]

@@ -18,6 +18,10 @@ _ONLY_WITH = {
     "completion_column": "dataset",
 }
 
+_TOLERANCE = """choose the smallest rank at most NATS per token above the best (default: at most one
+standard error of its difference to the best, row by row, or 0.002 where many rows make the error
+smaller than that; name your own price where a smaller file is worth more)"""
+
 
 def _arguments() -> argparse.ArgumentParser:
     parser = verb_parser(
@@ -33,7 +37,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--ranks", help="such as 1,2,4,8 (default: those trained, or a doubling series)")
     add("--limit", type=count, metavar="N", help="use the first N rows")
     add("--batch_size", type=count, metavar="N", help="rows per forward pass (8)")
-    add("--tolerance", type=nats, metavar="NATS", help="loss that a smaller rank may lose (0.02)")
+    add("--tolerance", type=nats, metavar="NATS", help=_TOLERANCE)
     add("--exact_match", action="store_true", help="also answer every row and compare")
     add("--answer_pattern", type=regex, metavar="REGEX", help="compare only its last match")
     add("--max_new_tokens", type=count, metavar="N", help="longest answer (128)")
@@ -50,7 +54,7 @@ def main(argv: list[str]) -> None:
 
     run = Run.open(chosen["run"])  # before the imports that take seconds
     from ..schedule import rank_list
-    from ..sweep.report import table
+    from ..sweep.report import table, why_chosen
     from ..sweep.sweep_run import SweepOptions, sweep_run
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
@@ -76,8 +80,8 @@ def main(argv: list[str]) -> None:
     where, rank = shlex.quote(str(run_folder)), found["chosen_rank"]
     if rank:
         print(
-            f"Chosen: rank {rank}, the smallest within {found['tolerance']:g} nats per token of "
-            f"the best.\nNext: anyrank export {where} --rank {rank} --to lora OUT"
+            f"Chosen: rank {rank}, {why_chosen(found)}.\n"
+            f"Next: anyrank export {where} --rank {rank} --to lora OUT"
         )
     if run.config.get("foldable"):
         at = f" --rank {rank}" if rank else ""

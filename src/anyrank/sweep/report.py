@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from .choose import NEGLIGIBLE
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
@@ -22,19 +24,40 @@ def table(found: dict[str, Any]) -> Any:
 
     with_answers = "exact_match" in found["base"]
     out = Table(title=f"{found['rows']} rows, {found['tokens']:,} completion tokens")
-    for name in ("rank", "nats/token", "perplexity", *(["exact match"] if with_answers else [])):
+    names = ["rank", "nats/token", "above the best", "perplexity"]
+    for name in (*names, *(["exact match"] if with_answers else [])):
         out.add_column(name, justify="right")
     out.add_column("parameters", justify="right")
     out.add_column("LoRA file", justify="right")
     for row in (found["base"] | {"rank": "base", "parameters": 0, "bytes": 0}, *found["ranks"]):
         chosen = row["rank"] is not None and row["rank"] == found["chosen_rank"]
         cells = [f"{row['rank'] or 'dense'}{' <' if chosen else ''}"]
-        cells += [f"{row['loss']:.3f}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['loss']:.3f}", above_best(row), f"{row['perplexity']:.2f}"]
         cells += [f"{row['exact_match']:.1%}"] if with_answers else []
         cells += [f"{row['parameters']:,}" if row["parameters"] else "-"]
         cells += [f"{row['bytes'] / 1e6:.2f} MB" if row["bytes"] else "-"]
         out.add_row(*cells, style="bold green" if chosen else None)
     return out
+
+
+def above_best(row: dict[str, Any]) -> str:
+    """How far a rank is above the best one, with its standard error; "-" for that one itself."""
+    mean = row.get("above_best", 0.0)  # the base is not compared
+    return f"{mean:.4f} ± {row['above_best_se']:.4f}" if mean else "-"
+
+
+def why_chosen(found: dict[str, Any]) -> str:
+    """By which rule the rank was chosen, to stand behind its name."""
+    if found["tolerance"] is not None:
+        return f"the smallest within {found['tolerance']:g} nats per token of the best"
+    row = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
+    if len(found["ranks"]) == 1:
+        return "the only one"
+    if not row["above_best"]:
+        return "the best; every smaller one is more than one standard error above it"
+    if row["above_best"] <= row["above_best_se"]:
+        return f"the smallest within one standard error of the best ({above_best(row)})"
+    return f"the smallest within {NEGLIGIBLE:g} nats per token of the best ({above_best(row)})"
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
@@ -45,7 +68,14 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     ranks = [row["rank"] for row in found["ranks"]]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(ranks, [row["loss"] for row in found["ranks"]], "o-", color="#1f5fa8", label="loss")
+    losses = [row["loss"] for row in found["ranks"]]
+    errors = [row["above_best_se"] for row in found["ranks"]]
+    axes.errorbar(
+        ranks, losses, yerr=errors, fmt="o-", color="#1f5fa8", capsize=4,
+        label="loss, ± standard error of the\ndifference to the best rank",
+    )  # fmt: skip
+    best = min(loss for loss in losses if math.isfinite(loss))
+    axes.axhline(best, color="#1f5fa8", linestyle=":", linewidth=1)
     chosen = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
     axes.plot(
         chosen["rank"], chosen["loss"], "o", markersize=14, markerfacecolor="none",

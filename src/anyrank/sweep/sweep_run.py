@@ -22,8 +22,8 @@ from ..training.base import load_base
 from ..training.data import DataSource, load_rows, split_rows
 from ..training.run import Run
 from ..training.tokens import tokenize_rows
-from .choose import TOLERANCE, choose_rank
-from .evaluate import IGNORED, Rows, evaluate_ranks, exact_match
+from .choose import choose_rank, choose_within_error, differences
+from .evaluate import Rows, completion_tokens, evaluate_ranks, exact_match
 from .report import write_report
 
 
@@ -39,7 +39,7 @@ class SweepOptions:
     ranks: list[int] | None = None
     limit: int | None = None
     batch_size: int = 8
-    tolerance: float = TOLERANCE
+    tolerance: float | None = None
     exact_match: bool = False
     answer_pattern: str | None = None
     max_new_tokens: int = 128
@@ -79,11 +79,22 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
             model, rows, ranks, batch_size=options.batch_size, answers=answers, progress=progress
         )
         bar.update(task, advance=1, description="done")
-    chosen = choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
+    tokens = completion_tokens(rows)
+    above = differences({rank: s.nats for rank, s in scores.items()}, tokens)
+    if options.tolerance is None:
+        chosen = choose_within_error(above)
+    else:
+        chosen = choose_rank({rank: s.loss for rank, s in scores.items()}, options.tolerance)
     found = {
         "base": base.as_dict(),
         "ranks": [
-            {"rank": rank or None, **s.as_dict(), **_size(adapter, rank)}
+            {
+                "rank": rank or None,
+                **s.as_dict(),
+                "above_best": above[rank].mean,
+                "above_best_se": above[rank].se,
+                **_size(adapter, rank),
+            }
             for rank, s in scores.items()
         ],
         "chosen_rank": chosen or None,
@@ -92,7 +103,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
         "nested": adapter.config.nested,
         "dataset": source,
         "rows": len(rows),
-        "tokens": sum(label != IGNORED for row in rows for label in row["labels"][1:]),
+        "tokens": sum(tokens),
     }
     write_report(options.out or run.folder, found)
     return found
