@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
-from .words import count, nats, regex, verb_parser
+from .words import count, nats, numbers, regex, verb_parser
 
 _ONLY_WITH = {
     "answer_pattern": "exact_match",
@@ -21,6 +22,9 @@ _ONLY_WITH = {
 _TOLERANCE = """choose the smallest rank at most NATS per token above the best (default: at most one
 standard error of its difference to the best, row by row, or 0.002 where many rows make the error
 smaller than that; name your own price where a smaller file is worth more)"""
+_BUDGET = """give every layer its own rank: the best that N numbers in A and B hold, such as 2M or
+500k, beside the uniform rank of that size; writes budget.json, which anyrank export --rank_pattern
+reads (for PEFT: vLLM wants one rank for all layers)"""
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -38,11 +42,12 @@ def _arguments() -> argparse.ArgumentParser:
     add("--limit", type=count, metavar="N", help="use the first N rows")
     add("--batch_size", type=count, metavar="N", help="rows per forward pass (8)")
     add("--tolerance", type=nats, metavar="NATS", help=_TOLERANCE)
+    add("--budget", type=numbers, metavar="N", help=_BUDGET)
     add("--exact_match", action="store_true", help="also answer every row and compare")
     add("--answer_pattern", type=regex, metavar="REGEX", help="compare only its last match")
     add("--max_new_tokens", type=count, metavar="N", help="longest answer (128)")
     add("--trust_remote_code", action="store_true", help="run code that the model brings along")
-    add("--out", type=Path, help="folder for sweep.json and sweep.png (default: RUN)")
+    add("--out", type=Path, help="folder for sweep.json and sweep.png, or budget.json (RUN)")
     add("--json", action="store_true", help="print sweep.json instead of the table")
     return parser
 
@@ -65,6 +70,9 @@ def main(argv: list[str]) -> None:
             raise ConfigError(
                 f"--{key} does nothing without --{needs}; add it, or leave --{key} out"
             )
+    if (budget := given.pop("budget", None)) is not None:
+        _budget(run_folder, given, budget, as_json)
+        return
     found = sweep_run(run_folder, SweepOptions(**given))
     if as_json:
         print(((chosen["out"] or run_folder) / "sweep.json").read_text(encoding="utf-8"), end="")
@@ -86,3 +94,24 @@ def main(argv: list[str]) -> None:
     if run.config.get("foldable"):
         at = f" --rank {rank}" if rank else ""
         print(f"{'  or' if rank else 'Next'}: anyrank fold {where} OUT{at}")
+
+
+def _budget(folder: Path, given: dict[str, Any], budget: int, as_json: bool) -> None:
+    """A rank for every layer, and how it compares with one rank for all."""
+    from ..sweep import budget_run as layers
+    from ..sweep.sweep_run import SweepOptions
+
+    layers.check_options(given)
+    found = layers.budget_run(folder, SweepOptions(**given), budget)
+    file = given.get("out", folder) / layers.FILE
+    if as_json:
+        print(file.read_text(encoding="utf-8"), end="")
+        return
+    from rich.console import Console
+
+    Console().print(layers.layer_table(found))
+    print("\n".join(layers.verdict(found)))
+    how = f"--rank_pattern {shlex.quote(str(file))}"
+    if not layers.better(found):
+        how = f"--rank {found['uniform']['rank']}"
+    print(f"Next: anyrank export {shlex.quote(str(folder))} {how} --to lora OUT")
