@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
     run = Run.open(chosen["run"])  # before the imports that take seconds
     from ..schedule import rank_list
-    from ..sweep.report import table, why_chosen
+    from ..sweep.report import cheaper, table, why_chosen
     from ..sweep.sweep_run import SweepOptions, sweep_run
 
     run_folder, as_json = chosen.pop("run"), chosen.pop("json")
@@ -87,10 +87,10 @@ def main(argv: list[str]) -> None:
         return
     where, rank = shlex.quote(str(run_folder)), found["chosen_rank"]
     if rank:
-        print(
-            f"Chosen: rank {rank}, {why_chosen(found)}.\n"
-            f"Next: anyrank export {where} --rank {rank} --to lora OUT"
-        )
+        print(f"Chosen: rank {rank}, {why_chosen(found)}.")
+        if (other := cheaper(found)) is not None:
+            print(other)
+        print(f"Next: anyrank export {where} --rank {rank} --to lora OUT")
     if run.config.get("foldable"):
         at = f" --rank {rank}" if rank else ""
         print(f"{'  or' if rank else 'Next'}: anyrank fold {where} OUT{at}")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from .choose import NEGLIGIBLE
+from .choose import NEGLIGIBLE, choose_rank
+
+TOLERANCE = 0.02  # nats per token, 2 % of the perplexity: a usual price for a smaller file
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
@@ -58,6 +60,19 @@ def why_chosen(found: dict[str, Any]) -> str:
     if row["above_best"] <= row["above_best_se"]:
         return f"the smallest within one standard error of the best ({above_best(row)})"
     return f"the smallest within {NEGLIGIBLE:g} nats per token of the best ({above_best(row)})"
+
+
+def cheaper(found: dict[str, Any]) -> str | None:
+    """The rank that a usual tolerance would choose, where it is another one."""
+    if found["tolerance"] is not None:
+        return None
+    losses = {row["rank"]: row["loss"] for row in found["ranks"]}
+    rank = choose_rank(losses, TOLERANCE)
+    if rank in (None, found["chosen_rank"]):
+        return None
+    row = next(row for row in found["ranks"] if row["rank"] == rank)
+    price = f"{above_best(row)} above the best"
+    return f"With --tolerance {TOLERANCE:g} it would be rank {rank} ({price})."
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
