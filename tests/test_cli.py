@@ -64,7 +64,12 @@ def test_train_sweep_and_export_as_commands(base_folder, rows_file, tmp_path):
     assert "Next: anyrank export run --rank" in done.stdout
     found = json.loads((folder / "sweep.json").read_text())
     assert [row["rank"] for row in found["ranks"]] == [1, 2, 4, 8]
-    assert set(found["ranks"][0]) == {"rank", "loss", "perplexity", "parameters", "bytes"}
+    assert set(found["ranks"][0]) == {
+        "rank", "loss", "above_best", "above_best_se", "perplexity", "parameters", "bytes"
+    }  # fmt: skip
+    assert found["tolerance"] is None
+    chosen = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
+    assert chosen["above_best"] <= max(chosen["above_best_se"], 0.002)
     assert found["rows"] == 8
     assert found["ranks"][-1]["parameters"] == result["trainable_parameters"]
     assert abs(found["ranks"][-1]["loss"] - result["eval_loss"]) < 0.02  # other batches, bf16

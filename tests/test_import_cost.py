@@ -28,10 +28,15 @@ print([callback.__name__ for callback in callbacks].count("RankCallback"))
 """
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter with anyrank's sources on its path, 100 columns wide."""
+def python(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter with anyrank's sources on its path, for a screen of this width."""
     source = str(Path(anyrank.__file__).parents[1])
-    variables = {**os.environ, "PYTHONPATH": source, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": source,
+        "COLUMNS": str(columns),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, *arguments], env=variables, capture_output=True, text=True
     )
@@ -94,13 +99,17 @@ def test_help_fits_a_screen_of_24_lines_and_loads_nothing_heavy():
     assert done.stdout.startswith("anyrank: ")
 
 
-@pytest.mark.parametrize("verb", ["quantize", "train", "sweep", "fold", "export", "demo"])
-def test_the_help_of_a_verb_fits_a_screen_of_40_lines(verb):
-    text = python("-m", "anyrank", verb, "--help").stdout
+@pytest.mark.parametrize(
+    ("verb", "columns"),
+    [("plan", 100), ("train", 100)]
+    + [(verb, 80) for verb in ("quantize", "sweep", "fold", "export", "demo")],
+)
+def test_the_help_of_a_verb_fits_a_screen_of_40_lines(verb, columns):
+    text = python("-m", "anyrank", verb, "--help", columns=columns).stdout
     assert f"anyrank {verb}" in text
-    assert_fits(text, lines=40)
+    assert_fits(text, lines=40, columns=columns)
 
 
-def assert_fits(text: str, lines: int) -> None:
+def assert_fits(text: str, lines: int, columns: int = 100) -> None:
     assert 1 < len(text.splitlines()) <= lines
-    assert [line for line in text.splitlines() if len(line) > 100] == []
+    assert [line for line in text.splitlines() if len(line) > columns] == []

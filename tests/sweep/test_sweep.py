@@ -11,7 +11,7 @@ from tiny import adapted, llama
 import anyrank
 from anyrank.sweep.choose import choose_rank
 from anyrank.sweep.evaluate import batches, exact_match
-from anyrank.sweep.report import table, write_report
+from anyrank.sweep.report import cheaper, table, why_chosen, write_report
 
 ROWS = [
     {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
@@ -45,6 +45,16 @@ def test_every_rank_and_the_base_get_the_loss_of_their_own_logits(batch_size):
             assert score.perplexity == math.exp(score.loss)
         assert abs(base.loss - by_hand(llama())) < 1e-5
     assert len({score.loss for score in scores.values()}) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_nats_of_every_row_keep_the_order_of_the_rows(batch_size):
+    model = adapted(llama())
+    _, scores = anyrank.evaluate_ranks(model, ROWS, [2, 4], batch_size=batch_size)
+    for rank, score in scores.items():
+        with model.set_rank(rank):
+            alone = [anyrank.evaluate_ranks(model, [row], [rank])[1][rank].loss for row in ROWS]
+        assert score.nats == pytest.approx([n * t for n, t in zip(alone, (2, 6, 1), strict=True)])
 
 
 def test_rows_of_similar_length_are_padded_on_the_right():
@@ -107,9 +117,11 @@ def test_the_smallest_rank_within_the_tolerance_is_chosen(losses, tolerance, cho
 
 def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     row = {"loss": 1.0, "perplexity": math.e, "exact_match": 0.5}
+    sizes = [{"rank": k, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)]
+    above = [{"above_best": d, "above_best_se": d / 4} for d in (0.01, 0.04, 0.0)]
     found = {
         "base": row,
-        "ranks": [{"rank": k, **row, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)],
+        "ranks": [{**row, **size, **error} for size, error in zip(sizes, above, strict=True)],
         "chosen_rank": 1,
         "method": "qdylora",
         "rows": 3,
@@ -119,6 +131,62 @@ def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sweep.json", "sweep.png"]
     shown = table(found)
     assert [c.header for c in shown.columns] == [
-        "rank", "nats/token", "perplexity", "exact match", "parameters", "LoRA file"
+        "rank", "nats/token", "above the best", "perplexity", "exact match", "parameters",
+        "LoRA file",
     ]  # fmt: skip
+    assert list(shown.columns[2].cells) == ["-", "0.0100 ± 0.0025", "0.0400 ± 0.0100", "-"]
     assert list(shown.columns[0].cells) == ["base", "1 <", "2", "4"]
+
+
+def swept(chosen, tolerance=None, **ranks):
+    rows = [
+        {"rank": int(key[1:]), "loss": 3 + d, "above_best": d, "above_best_se": se}
+        for key, (d, se) in ranks.items()
+    ]
+    return {"chosen_rank": chosen, "tolerance": tolerance, "ranks": rows}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("found", "why", "other"),
+    [
+        (swept(8, r8=(0, 0)), "the only one", None),
+        (
+            swept(64, r8=(0.01, 0.002), r64=(0, 0)),
+            "the best; every smaller one is more than one standard error above it",
+            "With --tolerance 0.02 it would be rank 8 (0.0100 ± 0.0020 above the best).",
+        ),
+        (
+            swept(8, r8=(0.01, 0.02), r64=(0, 0)),
+            "the smallest within one standard error of the best (0.0100 ± 0.0200)",
+            None,
+        ),
+        (
+            swept(8, r8=(0.0015, 0.0002), r64=(0, 0)),
+            "the smallest within 0.002 nats per token of the best (0.0015 ± 0.0002)",
+            None,
+        ),
+        (
+            swept(8, r8=(0.0015, NAN), r64=(0, NAN)),
+            "the smallest within 0.002 nats per token of the best (0.0015 ± nan)",
+            None,
+        ),
+        (
+            swept(8, 0.1, r8=(0.09, 0.001), r64=(0, 0)),
+            "the smallest within 0.1 nats per token of the best",
+            None,
+        ),
+    ],
+)
+def test_the_rule_that_chose_is_named_and_a_usual_price_beside_it(found, why, other):
+    assert why_chosen(found) == why
+    assert cheaper(found) == other
+
+
+def test_a_curve_with_a_diverged_rank_and_no_error_bars_is_drawn(tmp_path):
+    found = swept(8, r8=(0.0, NAN), r64=(NAN, NAN))
+    base = {"loss": 5.0, "perplexity": 150.0}
+    write_report(tmp_path, found | {"base": base, "method": "qdylora"})
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"

@@ -14,14 +14,14 @@ from tiny import IDS, adapted, llama
 
 from anyrank.cli import run
 from anyrank.errors import DataError
-from anyrank.sweep.report import reason, table, write_report
+from anyrank.sweep.report import cheaper, table, why_chosen, write_report
+from anyrank.sweep.task_report import without_gain
 from anyrank.sweep.tasks import (
     TaskScore,
     choose_by_tasks,
     good_enough,
     main_score,
     measure,
-    without_gain,
 )
 
 
@@ -149,8 +149,12 @@ def test_a_sweep_over_tasks_needs_no_validation_rows(finished, rows_file, monkey
     found = json.loads((finished / "sweep.json").read_text())
     assert found["rows"] == 3
     assert {"loss", "tasks"} <= set(found["base"]) & set(found["ranks"][0])
+    assert found["ranks"][0]["above_best_se"] >= 0
     assert found["tolerance"] is None
-    assert "completion tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "completion tokens" in shown
+    assert "the smallest within one standard error of the best on " in shown
+    assert "--tolerance" not in shown
 
 
 def test_without_lm_eval_one_line_says_how_to_install_it(finished, monkeypatch, capsys):
@@ -199,7 +203,11 @@ def test_the_report_shows_each_task_with_its_standard_error(tmp_path):
     ]  # fmt: skip
     assert list(shown.columns[1].cells) == ["0.150 ± 0.050"] + ["0.250 ± 0.050"] * 2
     assert list(shown.columns[2].cells) == ["8.900", "9.000", "9.000"]
-    assert reason(found) == "within one standard error of the best on gsm8k (1 of 2 tasks)"
+    assert why_chosen(found) == (
+        "the smallest within one standard error of the best on gsm8k (1 of 2 tasks)"
+    )
+    assert cheaper(found) is None
+    assert why_chosen(found | {"ranks": found["ranks"][:1]}) == "the only one"
     for better, flat in ((True, []), (False, ["wiki"])):
         found["tasks"]["gsm8k"]["higher_is_better"] = True
         found["tasks"]["wiki"]["higher_is_better"] = better

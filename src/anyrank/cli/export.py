@@ -7,6 +7,9 @@ from pathlib import Path
 from ..errors import ConfigError
 from .words import verb_parser
 
+_PATTERN = """of a run, to lora: every layer at its own rank, from the budget.json of anyrank sweep
+--budget or a JSON of {layer: rank}; PEFT reads it, vLLM wants one rank for all (--rank)"""
+
 
 def main(argv: list[str]) -> None:
     """Export, and say where to."""
@@ -19,6 +22,7 @@ def main(argv: list[str]) -> None:
     add("--to", help="of a run: lora (default) or gguf; of a model: gguf, mlx, hqq or torchao")
     add("--rank", help="of a run: the rank to write")
     add("--ranks", help="of a run: several ranks in one call, such as 4,8,16")
+    add("--rank_pattern", type=Path, metavar="FILE", help=_PATTERN)
     add("--base", type=Path, help="of a run, to gguf: its base model, if it was moved")
     add("--variant", help="of a model: which of its ranks or tasks, such as rank8")
     add("--embeddings", choices=("F16", "Q8_0"), help="of a model, to gguf: their precision (F16)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 
 from .. import allocator
 
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
     if set(argv) & {"-h", "--help"}:
         from ..methods import METHODS
 
-        print(TRAIN_HELP.format(methods=" ".join(METHODS)), end="")
+        lines = textwrap.wrap(" ".join(METHODS), 64)
+        print(TRAIN_HELP.format(methods=("\n" + 34 * " ").join(lines)), end="")
         return
     from ..training.parse import parse_train
 

@@ -51,6 +51,15 @@ def names(text: str) -> list[str]:
     return found
 
 
+def numbers(text: str) -> int:
+    """A count of numbers with k, M or G for 10^3, 10^6 or 10^9: '2M', '1.5M', '500k', '59136'."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
+    size = round(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ")) if found else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a count above 0 such as 2M or 500k")
+    return size
+
+
 def nats(text: str) -> float:
     """A loss."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from ..algebra import Update, rows
-from ..errors import ConfigError, RankError, RunError
+from ..errors import ConfigError, RankError, RunError, nearest
 from ..files import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Rank = int | Mapping[str, int]
+"""One rank for all layers, or one for each, by the layer's name in the base model."""
+
+
+def layer_name(prefix: str) -> str:
+    """The layer in the base model that keys with this prefix belong to."""
+    return prefix.removeprefix("base_model.model.").removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class SavedAdapter:
         config = self.config
         for key in sorted(self.tensors):
             prefix, _, part = key.rpartition(".")
-            layer = prefix.removeprefix("base_model.model.")
+            layer = layer_name(prefix)
             if part == "anyrank_A" and rank is not None:
                 core = rows(self.tensors[key], self.tensors[f"{prefix}.anyrank_B"], rank)
                 yield layer, Update(core, config.pool, config.repeat, config.scale_of(rank))
@@ -106,8 +113,41 @@ class SavedAdapter:
             if ".anyrank_" not in key
         }
 
-    def check_rank(self, rank: int) -> None:
-        """Raise unless the adapter has this rank.
+    def layer_ranks(self, rank: Rank) -> dict[str, int]:
+        """The rank of every layer, in the order of `layers`.
+
+        Raises:
+            ConfigError: the core is one dense matrix, or there is no layer of a given name.
+            RankError: a rank is out of range, a layer has none, or all are left out.
+        """
+        names = [layer_name(prefix) for prefix, _, _ in self.layers()]
+        if isinstance(rank, int):
+            self.check_rank(rank)
+            return dict.fromkeys(names, rank)
+        if not self.config.low_rank:
+            self.check_rank(0)  # says what a dense core lacks
+        for name, k in rank.items():
+            if name not in names:
+                raise ConfigError(
+                    f"{self.folder}: rank pattern: layer {name!r} is unknown; "
+                    f"{nearest(name, names)}"
+                )
+            if not isinstance(k, int) or k:
+                self.check_rank(k, name)
+        for name in names:
+            if name not in rank:
+                raise RankError(
+                    f"{self.folder}: rank pattern: {name} has no rank; name every layer (0 leaves "
+                    "it out)"
+                )
+        if not any(rank.values()):
+            raise RankError(
+                f"{self.folder}: rank pattern: every layer is left out; give one a rank above 0"
+            )
+        return {name: rank[name] for name in names}
+
+    def check_rank(self, rank: Any, layer: str | None = None) -> None:
+        """Raise unless the adapter has this rank; `layer` is whose rank it is, for the message.
 
         Raises:
             ConfigError: the core is one dense matrix.
@@ -118,5 +158,9 @@ class SavedAdapter:
                 f"{self.folder}: {self.config.method} holds dense blocks, which are no LoRA of any "
                 "rank; keep the adapter beside its base, or train a low-rank method"
             )
-        if not 1 <= rank <= self.config.rows:
-            raise RankError(f"{self.folder}: rank {rank} must lie in 1..{self.config.rows}")
+        if not isinstance(rank, int) or not 1 <= rank <= self.config.rows:
+            of = f"rank pattern: {layer}: " if layer else ""
+            least = 0 if layer else 1
+            raise RankError(
+                f"{self.folder}: {of}rank {rank} must lie in {least}..{self.config.rows}"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ..files import refuse_filled, require_disk
 from ..quant.checkpoint import variants
 from .adapter import CONFIG, SavedAdapter
 from .lora import VLLM_RANKS, export_lora, lora_size, vllm_rank
+from .pattern import read_pattern
 
 ADAPTER_FORMATS = ("lora", "gguf")
 MODEL_FORMATS = ("gguf", "mlx", "hqq", "torchao")
@@ -22,6 +23,7 @@ _ONLY_FOR = {  # option -> the formats that know it
     "target": ("torchao", "torchao", False),
     "dtype": ("mlx", "mlx", False),
     "variant": ("a model", None, False),
+    "rank_pattern": ("a run --to lora", "lora", True),
 }
 
 
@@ -39,6 +41,7 @@ class ExportOptions:
         tokenizer_pre: of a model as GGUF: llama.cpp's name of the pre-tokenizer.
         target: of torchao: any or cuda.
         dtype: of mlx: the precision to compute in; float32 is the fast one on a CPU.
+        rank_pattern: of an adapter as LoRA: a file with a rank per layer, in place of `ranks`.
     """
 
     form: str | None = None
@@ -50,6 +53,7 @@ class ExportOptions:
     tokenizer_pre: str | None = None
     target: str | None = None
     dtype: str | None = None
+    rank_pattern: Path | None = None
 
     def check(self, form: str, *, adapter: bool) -> None:
         """Raise on an option that would do nothing."""
@@ -73,6 +77,13 @@ def export(folder: Path, out: Path, options: ExportOptions) -> Iterator[str]:
     if (folder / CONFIG).is_file():
         form = _known(options.form or "lora", ADAPTER_FORMATS, "an adapter")
         options.check(form, adapter=True)
+        if options.rank_pattern is not None:
+            if options.ranks:
+                raise ConfigError(
+                    "--rank_pattern gives every layer a rank of its own; leave --rank (and "
+                    "--ranks) out"
+                )
+            return _export_pattern(SavedAdapter.read(folder), out, options.rank_pattern)
         if not options.ranks:
             raise ConfigError("name one rank with --rank 8, or several with --ranks 4,8,16")
         return _export_adapter(SavedAdapter.read(folder), out, form, options)
@@ -110,12 +121,7 @@ def _export_adapter(
     for rank, target in targets.items():
         adapter.check_rank(rank)
         refuse_filled(target)
-    config = adapter.config
-    if not config.nested and any(rank != config.rows for rank in targets):
-        yield (
-            f"warning: {config.method} was trained at rank {config.rows} alone; "
-            "a smaller prefix of it never learned to stand by itself (see --nested true)"
-        )
+    yield from _prefix_warning(adapter, targets)
     require_disk(out, sum(lora_size(adapter, rank) for rank in targets), "the export")
     for rank, target in targets.items():
         if form == "lora":
@@ -129,6 +135,27 @@ def _export_adapter(
         yield _serve(adapter, targets)
     else:
         yield f"Run: llama-cli -m BASE.gguf --lora {shlex.quote(str(target))}"
+
+
+def _export_pattern(adapter: SavedAdapter, out: Path, file: Path) -> Iterator[str]:
+    ranks = adapter.layer_ranks(read_pattern(file))
+    refuse_filled(out)
+    yield from _prefix_warning(adapter, ranks.values())
+    export_lora(adapter, out, ranks)
+    yield f"{len(ranks)} layers, ranks {min(ranks.values())} to {max(ranks.values())}: {out}"
+    yield (
+        f"Load: PeftModel.from_pretrained(base, {str(out)!r}); vLLM wants one rank for all layers: "
+        "export one with --rank"
+    )
+
+
+def _prefix_warning(adapter: SavedAdapter, ranks: Iterable[int]) -> Iterator[str]:
+    config = adapter.config
+    if not config.nested and any(rank != config.rows for rank in ranks):
+        yield (
+            f"warning: {config.method} was trained at rank {config.rows} alone; "
+            "a smaller prefix of it never learned to stand by itself (see --nested true)"
+        )
 
 
 def _target(out: Path, rank: int, form: str, several: bool) -> Path:

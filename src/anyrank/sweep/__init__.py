@@ -1,1 +1,1 @@
-"""Sweep: the loss of every rank, the rank to choose, the table and the picture."""
+"""Sweep: the loss or the tasks of every rank, the rank to choose or one per layer, the report."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,15 +26,18 @@ class Score:
         loss: nats per completion token.
         perplexity: exp(loss).
         exact_match: share of rows answered exactly, if it was asked for.
+        nats: of every row, summed over its completion tokens, in the order of the rows.
     """
 
     loss: float
     perplexity: float
     exact_match: float | None = None
+    nats: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
-        """The figures that were measured."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """The figures over all rows that were measured."""
+        found = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 Rows = Sequence[dict[str, list[int]]]
@@ -87,20 +90,38 @@ def each_rank(
 
 def score(model: Any, rows: Rows, batch_size: int, answers: Answers | None = None) -> Score:
     """The mean loss over all completion tokens of `rows`, at the model's current rank."""
-    nats, tokens = 0.0, 0
-    for batch in batches(rows, batch_size, model.device):
+    nats = row_nats(model, rows, batch_size)
+    loss = sum(nats) / sum(completion_tokens(rows))
+    perplexity = math.exp(min(loss, 700))
+    return Score(loss, perplexity, answers(model) if answers else None, tuple(nats))
+
+
+def row_nats(model: Any, rows: Rows, batch_size: int) -> list[float]:
+    """The nats of every row, summed over its completion tokens: [rows], in their order."""
+    found = torch.zeros(len(rows), dtype=torch.float64)
+    places = torch.tensor(by_length(rows)).split(batch_size)
+    for place, batch in zip(places, batches(rows, batch_size, model.device), strict=True):
         labels = batch.pop("labels")[:, 1:]
         kept = labels != IGNORED
         logits = model(**batch, use_cache=False).logits[:, :-1][kept].float()
-        nats += torch.nn.functional.cross_entropy(logits, labels[kept], reduction="sum").item()
-        tokens += int(kept.sum())
-    loss = nats / tokens
-    return Score(loss, math.exp(min(loss, 700)), answers(model) if answers else None)
+        each = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none")
+        found.index_add_(0, place[kept.nonzero()[:, 0].cpu()], each.double().cpu())
+    return found.tolist()
+
+
+def completion_tokens(rows: Rows) -> list[int]:
+    """How many tokens of every row are predicted and count: [rows]."""
+    return [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+
+
+def by_length(rows: Rows) -> list[int]:
+    """The places of the rows, shortest first."""
+    return sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
 
 
 def batches(rows: Rows, size: int, device: Any) -> Iterator[dict[str, Tensor]]:
     """Rows of similar length together, padded on the right."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    order = by_length(rows)
     for start in range(0, len(order), size):
         chosen = [rows[i] for i in order[start : start + size]]
         longest = max(len(row["input_ids"]) for row in chosen)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from . import tasks
-from .task_report import plot_tasks, task_cells, task_headers
+from .choose import NEGLIGIBLE, choose_rank
+from .task_report import plot_tasks, task_cells, task_headers, why_by_tasks
+
+TOLERANCE = 0.02  # nats per token, 2 % of the perplexity: a usual price for a smaller file
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
@@ -26,13 +29,15 @@ def table(found: dict[str, Any]) -> Any:
     with_loss, with_answers = "loss" in found["base"], "exact_match" in found["base"]
     title = f"{found['rows']} rows, {found['tokens']:,} completion tokens" if with_loss else None
     out = Table(title=title)
-    names = ["nats/token", "perplexity"] * with_loss + ["exact match"] * with_answers
+    names = ["nats/token", "above the best", "perplexity"] if with_loss else []
+    names += ["exact match"] if with_answers else []
     for name in ("rank", *names, *task_headers(found), "parameters", "LoRA file"):
         out.add_column(name, justify="right")
     for row in (found["base"] | {"rank": "base", "parameters": 0, "bytes": 0}, *found["ranks"]):
         chosen = row["rank"] is not None and row["rank"] == found["chosen_rank"]
         cells = [f"{row['rank'] or 'dense'}{' <' if chosen else ''}"]
-        cells += [f"{row['loss']:.3f}", f"{row['perplexity']:.2f}"] if with_loss else []
+        if with_loss:
+            cells += [f"{row['loss']:.3f}", above_best(row), f"{row['perplexity']:.2f}"]
         cells += [f"{row['exact_match']:.1%}"] if with_answers else []
         cells += task_cells(row).values()
         cells += [f"{row['parameters']:,}" if row["parameters"] else "-"]
@@ -41,11 +46,39 @@ def table(found: dict[str, Any]) -> Any:
     return out
 
 
-def reason(found: dict[str, Any]) -> str:
-    """Why the chosen rank was chosen, to follow 'rank 8, the smallest'."""
+def above_best(row: dict[str, Any]) -> str:
+    """How far a rank is above the best one, with its standard error; "-" for that one itself."""
+    mean = row.get("above_best", 0.0)  # the base is not compared
+    return f"{mean:.4f} ± {row['above_best_se']:.4f}" if mean else "-"
+
+
+def why_chosen(found: dict[str, Any]) -> str:
+    """By which rule the rank was chosen, to stand behind its name."""
+    if len(found["ranks"]) == 1:
+        return "the only one"
     if "tasks" in found:
-        return tasks.reason(found)
-    return f"within {found['tolerance']:g} nats per token of the best"
+        return why_by_tasks(found)
+    if found["tolerance"] is not None:
+        return f"the smallest within {found['tolerance']:g} nats per token of the best"
+    row = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
+    if not row["above_best"]:
+        return "the best; every smaller one is more than one standard error above it"
+    if row["above_best"] <= row["above_best_se"]:
+        return f"the smallest within one standard error of the best ({above_best(row)})"
+    return f"the smallest within {NEGLIGIBLE:g} nats per token of the best ({above_best(row)})"
+
+
+def cheaper(found: dict[str, Any]) -> str | None:
+    """The rank that a usual tolerance would choose, where it is another one and losses choose."""
+    if "tasks" in found or found["tolerance"] is not None:
+        return None
+    losses = {row["rank"]: row["loss"] for row in found["ranks"]}
+    rank = choose_rank(losses, TOLERANCE)
+    if rank in (None, found["chosen_rank"]):
+        return None
+    row = next(row for row in found["ranks"] if row["rank"] == rank)
+    price = f"{above_best(row)} above the best"
+    return f"With --tolerance {TOLERANCE:g} it would be rank {rank} ({price})."
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
@@ -56,7 +89,14 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     ranks = [row["rank"] for row in found["ranks"]]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(ranks, [row["loss"] for row in found["ranks"]], "o-", color="#1f5fa8", label="loss")
+    losses = [row["loss"] for row in found["ranks"]]
+    errors = [row["above_best_se"] for row in found["ranks"]]
+    axes.errorbar(
+        ranks, losses, yerr=errors, fmt="o-", color="#1f5fa8", capsize=4,
+        label="loss, ± standard error of the\ndifference to the best rank",
+    )  # fmt: skip
+    best = min(loss for loss in losses if math.isfinite(loss))
+    axes.axhline(best, color="#1f5fa8", linestyle=":", linewidth=1)
     chosen = next(row for row in found["ranks"] if row["rank"] == found["chosen_rank"])
     axes.plot(
         chosen["rank"], chosen["loss"], "o", markersize=14, markerfacecolor="none",

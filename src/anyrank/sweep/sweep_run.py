@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from datasets import disable_progress_bars
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from transformers import AutoTokenizer
 
 from ..errors import ConfigError
@@ -22,8 +29,8 @@ from ..training.base import load_base
 from ..training.data import DataSource, load_rows, split_rows
 from ..training.run import Run
 from ..training.tokens import tokenize_rows
-from .choose import TOLERANCE, choose_rank
-from .evaluate import IGNORED, Rows, evaluate_ranks, exact_match
+from .choose import choose_rank, choose_within_error, differences
+from .evaluate import Rows, Score, completion_tokens, evaluate_ranks, exact_match
 from .report import write_report
 from .tasks import Measured, task_scores
 
@@ -40,7 +47,7 @@ class SweepOptions:
     ranks: list[int] | None = None
     limit: int | None = None
     batch_size: int = 8
-    tolerance: float = TOLERANCE
+    tolerance: float | None = None
     exact_match: bool = False
     answer_pattern: str | None = None
     max_new_tokens: int = 128
@@ -65,7 +72,7 @@ def sweep_run(folder: str | Path, options: SweepOptions) -> dict[str, Any]:
     parts = [task_scores(options, tokenizer, ranks)] if options.tasks else []
     if not options.tasks or options.dataset is not None:
         parts.insert(0, _losses(run, options, tokenizer, ranks))
-    model = _load(run, options)
+    model = load_model(run, options)
     base: dict[str, Any] = {}
     scores: dict[int, dict[str, Any]] = {rank: {} for rank in ranks or [0]}
     about: dict[str, Any] = {}
@@ -102,7 +109,8 @@ def _losses(
         )
 
     def of(model: Any) -> Measured:
-        with _bar() as bar:
+        bar = stderr_progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with bar:
             task = bar.add_task("sweep", total=max(len(ranks), 1) + 1)
 
             def progress(what: str) -> None:
@@ -113,17 +121,34 @@ def _losses(
                 model, rows, ranks, batch_size=size, answers=answers, progress=progress
             )
             bar.update(task, advance=1, description="done")
-        chosen = choose_rank({r: s.loss for r, s in scores.items()}, options.tolerance)
+        tokens = completion_tokens(rows)
+        figures, chosen = _beside_best(scores, tokens, options.tolerance)
         about = {
             "chosen_rank": chosen or None,
             "tolerance": options.tolerance,
             "dataset": source,
             "rows": len(rows),
-            "tokens": sum(label != IGNORED for row in rows for label in row["labels"][1:]),
+            "tokens": sum(tokens),
         }
-        return base.as_dict(), {rank: s.as_dict() for rank, s in scores.items()}, about
+        return base.as_dict(), figures, about
 
     return of
+
+
+def _beside_best(
+    scores: Mapping[int, Score], tokens: Sequence[int], tolerance: float | None
+) -> tuple[dict[int, dict[str, Any]], int | None]:
+    """The figures of every rank, with how far it is above the best; and the rank to choose."""
+    above = differences({rank: score.nats for rank, score in scores.items()}, tokens)
+    if tolerance is None:
+        chosen = choose_within_error(above)
+    else:
+        chosen = choose_rank({rank: score.loss for rank, score in scores.items()}, tolerance)
+    figures = {
+        rank: score.as_dict() | {"above_best": above[rank].mean, "above_best_se": above[rank].se}
+        for rank, score in scores.items()
+    }
+    return figures, chosen
 
 
 def token_rows(run: Run, options: SweepOptions, tokenizer: Any) -> tuple[str, Rows]:
@@ -148,7 +173,7 @@ def _tokens(run: Run, rows: Any, tokenizer: Any) -> Rows:
     return tokens.to_list()
 
 
-def _load(run: Run, options: SweepOptions) -> Any:
+def load_model(run: Run, options: SweepOptions) -> Any:
     """The base in the precision of the run, with the adapter."""
     base = load_base(
         _chosen(ModelArguments, run.config),
@@ -230,6 +255,6 @@ def _size(adapter: SavedAdapter, rank: int) -> dict[str, int]:
     return {"parameters": trained, "bytes": lora_size(adapter, rank)}
 
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def stderr_progress(*columns: ProgressColumn) -> Progress:
+    """These columns and the time so far, beside what goes to stdout."""
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))

@@ -1,4 +1,4 @@
-"""What a sweep over tasks found: the columns of its table and the picture of its scores."""
+"""What a sweep over tasks found: columns of its table, sentences, the picture of its scores."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ def task_headers(found: Mapping[str, Any]) -> list[str]:
     """Each task with its main metric."""
     tasks = found.get("tasks", {})
     return [f"{name}\n{facts['metric'].removesuffix(',none')}" for name, facts in tasks.items()]
+
+
+def why_by_tasks(found: Mapping[str, Any]) -> str:
+    """By which tasks the rank was chosen, to stand behind its name."""
+    rank, tasks = found["chosen_rank"], found["tasks"]
+    good = [name for name, facts in tasks.items() if rank in facts["good_enough"]]
+    text = f"the smallest within one standard error of the best on {', '.join(good)}"
+    return text + (f" ({len(good)} of {len(tasks)} tasks)" if len(good) < len(tasks) else "")
+
+
+def without_gain(found: Mapping[str, Any]) -> list[str]:
+    """The tasks on which no rank is more than one standard error better than the base."""
+    names = []
+    for name, facts in found["tasks"].items():
+        sign = 1 if facts["higher_is_better"] else -1
+        floor = sign * found["base"]["tasks"][name]["value"]
+        scores = [row["tasks"][name] for row in found["ranks"]]
+        if not any(sign * s["value"] - (s["stderr"] or 0.0) > floor for s in scores):
+            names.append(name)
+    return names
 
 
 def plot_tasks(path: Path, found: Mapping[str, Any]) -> None:

@@ -174,23 +174,3 @@ def choose_by_tasks(accepted: Sequence[Sequence[int]]) -> int | None:
     """
     ranks = sorted({rank for good in accepted for rank in good})
     return max(ranks, key=lambda rank: sum(rank in good for good in accepted), default=None)
-
-
-def reason(found: Mapping[str, Any]) -> str:
-    """Why the chosen rank of a sweep over tasks was chosen, to follow 'rank 8, the smallest'."""
-    rank, tasks = found["chosen_rank"], found["tasks"]
-    good = [name for name, facts in tasks.items() if rank in facts["good_enough"]]
-    text = f"within one standard error of the best on {', '.join(good)}"
-    return text + (f" ({len(good)} of {len(tasks)} tasks)" if len(good) < len(tasks) else "")
-
-
-def without_gain(found: Mapping[str, Any]) -> list[str]:
-    """The tasks on which no rank is more than one standard error better than the base."""
-    names = []
-    for name, facts in found["tasks"].items():
-        sign = 1 if facts["higher_is_better"] else -1
-        floor = sign * found["base"]["tasks"][name]["value"]
-        scores = [row["tasks"][name] for row in found["ranks"]]
-        if not any(sign * s["value"] - (s["stderr"] or 0.0) > floor for s in scores):
-            names.append(name)
-    return names

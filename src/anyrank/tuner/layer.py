@@ -24,7 +24,7 @@ class Adapter:
     Attributes:
         geometry: the adapter's shape on this layer.
         config: its configuration, the same object in every layer.
-        rank: the rows in use (0 for a dense core).
+        rank: the rows in use (0 for a dense core, or where the layer is left out).
         first: the first row that is trained; rows below pass no gradient.
     """
 
@@ -34,9 +34,14 @@ class Adapter:
     first: int = 0
 
     @property
+    def left_out(self) -> bool:
+        """Whether no row is in use: the layer then gives what its base gives."""
+        return self.geometry.core == LOW_RANK and not self.rank
+
+    @property
     def scale(self) -> float:
-        """s_k at the rank in use."""
-        return self.config.scale_of(self.rank)
+        """s_k at the rank in use; 0 without rows."""
+        return 0.0 if self.left_out else self.config.scale_of(self.rank)
 
 
 class AnyRankLinear(nn.Module, BaseTunerLayer):
@@ -106,6 +111,20 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
             raise RankError(f"adapter {name!r}: rank {rank} must be a whole number in 1..{limit}")
         if not 0 <= first < rank:
             raise RankError(f"adapter {name!r}: first={first} must lie in 0..{rank - 1}")
+        self._use(name, rank, first)
+
+    def leave_out(self, name: str) -> None:
+        """Use no row, until `set_rank` is called: the layer then gives what its base gives.
+
+        Raises:
+            RankError: the adapter has no ranks, or it is merged.
+        """
+        if self.adapters[name].geometry.core != LOW_RANK:
+            self.set_rank(name, 0)  # says what a dense core lacks
+        self._use(name, 0, 0)
+
+    def _use(self, name: str, rank: int, first: int) -> None:
+        adapter = self.adapters[name]
         if name in self.merged_adapters and rank != adapter.rank:
             raise RankError(f"adapter {name!r} is merged at rank {adapter.rank}; unmerge it first")
         adapter.rank, adapter.first = rank, first
@@ -126,7 +145,7 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
         branches = [
             Branch(self.update(name), self._absorbed(name), self._dropout(name))
             for name in self.active_adapters
-            if name in self.adapters
+            if name in self.adapters and not self.adapters[name].left_out
         ]
         weight = self.base_weight
         if args or kwargs or not weight.computes(x):
@@ -203,6 +222,6 @@ class AnyRankLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """The adapters with their ranks."""
         return ", ".join(
-            f"{name}: rank {a.rank}/{a.geometry.rows}" if a.rank else f"{name}: dense"
+            f"{name}: rank {a.rank}/{a.geometry.rows}" if a.geometry.rows else f"{name}: dense"
             for name, a in self.adapters.items()
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from ..errors import ConfigError, LayerError, MergeError, nearest
+from ..errors import ConfigError, LayerError, MergeError, RankError, nearest
 from ..quant import frozen_weight
 from ..quant.affine import AffineLinear, fingerprint
 from .config import AnyRankConfig
@@ -41,7 +41,33 @@ class RankScope:
     def __exit__(self, *exc: object) -> None:
         for layer, name, rank, first in self._before:
             if name in layer.adapters and name not in layer.merged_adapters:
-                layer.set_rank(name, rank, first)
+                _use(layer, name, rank, first)
+
+
+def _use(layer: AnyRankLinear, adapter: str, rank: int, first: int) -> None:
+    """Use the first `rank` rows; none where the layer was, or is to be, left out."""
+    if rank == 0 and layer.adapters[adapter].geometry.rows:
+        layer.leave_out(adapter)
+    else:
+        layer.set_rank(adapter, rank, first)
+
+
+def _rank_of_layer(rank: Mapping[str, int], layers: Sequence[str]) -> Mapping[str, int]:
+    """The rank pattern, if it is one for these layers.
+
+    Raises:
+        ConfigError: it names another layer.
+        RankError: it does not name a layer, or no whole number for it.
+    """
+    for name, value in rank.items():
+        if name not in layers:
+            raise ConfigError(f"rank pattern: layer {name!r} is unknown; {nearest(name, layers)}")
+        if not isinstance(value, int) or value < 0:
+            raise RankError(f"rank pattern: {name}: rank {value} must be a whole number from 0")
+    for name in layers:
+        if name not in rank:
+            raise RankError(f"rank pattern: {name} has no rank; name every layer (0 leaves it out)")
+    return rank
 
 
 def _refuse_tied(peft_config: AnyRankConfig, model: Any) -> None:
@@ -80,32 +106,46 @@ class AnyRankModel(BaseTuner):
     tuner_layer_cls = AnyRankLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own attribute)
 
-    def set_rank(self, rank: int, adapter_name: str | None = None, *, first: int = 0) -> RankScope:
+    def set_rank(
+        self, rank: int | Mapping[str, int], adapter_name: str | None = None, *, first: int = 0
+    ) -> RankScope:
         """Use the first `rank` rows of an adapter, from now on or within a `with` block.
 
         Args:
-            rank: rows to use, 1..rows of the adapter.
+            rank: rows to use, 1..rows of the adapter; or a number for every adapted layer, by its
+                name in the base model, where 0 leaves the layer out.
             adapter_name: which adapter; None: every active one.
             first: rows below it pass no gradient (DyLoRA's frozen mode).
 
         Raises:
-            ConfigError: there is no adapter of this name.
-            RankError: a layer does not hold that rank; no layer is changed then.
+            ConfigError: there is no adapter, or no layer, of this name.
+            RankError: a layer does not hold that rank, or got none; no layer is changed then.
         """
         names = self.active_adapters if adapter_name is None else [adapter_name]
         for name in names:
             if name not in self.peft_config:
                 raise ConfigError(f"adapter {name!r} is unknown; {nearest(name, self.peft_config)}")
+        layers = {
+            key: layer
+            for key, layer in adapter_layers(self.model)
+            if any(name in layer.adapters for name in names)
+        }
+        if isinstance(rank, Mapping):
+            ranks = _rank_of_layer(rank, list(layers))
+            use = _use
+        else:
+            ranks = dict.fromkeys(layers, rank)
+            use = AnyRankLinear.set_rank
         chosen = [
-            (layer, name)
-            for _, layer in adapter_layers(self.model)
+            (key, layer, name)
+            for key, layer in layers.items()
             for name in names
             if name in layer.adapters
         ]
-        scope = RankScope(chosen)
+        scope = RankScope([(layer, name) for _, layer, name in chosen])
         try:
-            for layer, name in chosen:
-                layer.set_rank(name, rank, first)
+            for key, layer, name in chosen:
+                use(layer, name, ranks[key], first)
         except Exception:
             scope.__exit__()
             raise
