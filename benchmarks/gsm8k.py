@@ -1,4 +1,4 @@
-"""The table "Measured" of the README: QDyLoRA and QLoRA on GSM8K, every rank of one run each.
+"""QDyLoRA and QLoRA on GSM8K as published, every rank of one run each: tables of docs/log.md.
 
     python benchmarks/gsm8k.py --model ../shared/models/t0-6m --data ../shared/data/gsm8k --out runs
 
