@@ -95,3 +95,29 @@ def test_a_saved_configuration_reads_back_equal_with_its_facts_beside_it(tmp_pat
         "pool": 2,
         "repeat": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule", "scale"),
+    [
+        ({"method": "anyrank"}, "settle", "alpha/r"),
+        ({"method": "anyrank", "nested": True}, "settle", "alpha/r"),
+        ({"method": "qdylora"}, "uniform", "alpha/k"),
+        ({"method": "qdylora", "schedule": "settle"}, "settle", "alpha/r"),
+        ({"method": "qalora", "nested": True}, "uniform", "alpha/k"),
+        ({"method": "qalora", "nested": True, "schedule": "settle"}, "settle", "alpha/r"),
+        ({"method": "qlora"}, None, "alpha/r"),
+    ],
+)
+def test_schedule_and_scale_follow_the_method(options, schedule, scale):
+    config = AnyRankConfig(**options)
+    assert (config.schedule, config.scale) == (schedule, scale)
+
+
+def test_settling_needs_one_scale_for_all_ranks():
+    with pytest.raises(ConfigError) as error:
+        AnyRankConfig(scale="alpha/k")
+    assert str(error.value) == (
+        "schedule='settle' cuts low ranks from the largest one, which needs one scale for all of "
+        "them: scale='alpha/r', got 'alpha/k'; leave scale out, or use schedule='uniform'"
+    )
