@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from .errors import ConfigError, RankError, nearest
 
 KINDS = ("full", "uniform", "sandwich", "settle")
-SETTLE_AT = 0.6  # share of the steps before the lower ranks settle
+SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
 PARTS = 4  # micro-batches of a step, each of which is then a step of its own
 LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
-SLOWLY = 0.5  # of the learning rate, at which the largest rank goes on then
+SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank r, then 1, r, 2, r, 4, r, and so on.
+        """The largest rank r, then 1, 2, r, 1, 4, r, and so on.
 
         At one learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k)
         times as far per step as at alpha/r: that is the speed of rank k here. The largest rank is
@@ -154,11 +154,13 @@ class Schedule:
 
     @property
     def _turns(self) -> tuple[int, ...]:
-        """1, r, 2, r, 4, r: the lowest ranks to choose from, each before the largest."""
+        """1, 2, r, 1, 4, r: the lowest ranks to choose from, the first of them most often."""
         doubled = (self.unit * 2**i for i in range(LOWEST))
         lowest = doubled if self.ranks is None else self.choices[:LOWEST]
-        low = [rank for rank in lowest if rank < self.rows]
-        return tuple(k for rank in low for k in (rank, self.rows)) or (self.rows,)
+        first, *others = [rank for rank in lowest if rank < self.rows] or [self.rows]
+        if not others:
+            return (first, self.rows) if first < self.rows else (first,)
+        return tuple(rank for other in others for rank in (first, other, self.rows))
 
 
 def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:
