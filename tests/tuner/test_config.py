@@ -106,6 +106,7 @@ def test_a_saved_configuration_reads_back_equal_with_its_facts_beside_it(tmp_pat
         ({"method": "qdylora", "schedule": "settle"}, "settle", "alpha/r"),
         ({"method": "qalora", "nested": True}, "uniform", "alpha/k"),
         ({"method": "qalora", "nested": True, "schedule": "settle"}, "settle", "alpha/r"),
+        ({"method": "anyrank", "nested": False}, None, "alpha/r"),
         ({"method": "qlora"}, None, "alpha/r"),
     ],
 )

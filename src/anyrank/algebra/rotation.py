@@ -26,16 +26,17 @@ def svd_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         b: B [d_out/q, r].
 
     Returns:
-        A' and B' in the shapes and dtypes of A and B, computed in float64.
+        A' and B' in the shapes and dtypes of A and B, computed in float64 on the CPU: once per run,
+        the same on every process, and also where a device has no float64.
     """
-    q_a, r_a = torch.linalg.qr(a.detach().double().T)
-    q_b, r_b = torch.linalg.qr(b.detach().double())
+    q_a, r_a = torch.linalg.qr(a.detach().cpu().double().T)
+    q_b, r_b = torch.linalg.qr(b.detach().cpu().double())
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = sigma.sqrt()
     b_new, a_new = (q_b @ u) * root, (v @ q_a.T) * root[:, None]
     largest = b_new.abs().argmax(0, keepdim=True)
     sign = torch.where(b_new.gather(0, largest)[0] < 0, -1.0, 1.0)
     out_a, out_b = torch.zeros_like(a), torch.zeros_like(b)
-    out_a[: len(sigma)] = (a_new * sign[:, None]).to(a.dtype)
-    out_b[:, : len(sigma)] = (b_new * sign).to(b.dtype)
+    out_a[: len(sigma)] = (a_new * sign[:, None]).to(a)
+    out_b[:, : len(sigma)] = (b_new * sign).to(b)
     return out_a, out_b

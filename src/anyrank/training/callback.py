@@ -81,7 +81,8 @@ class RankCallback(TrainerCallback):
         trained = [p for p in model.parameters() if p.grad is not None]
         if dist.is_available() and dist.is_initialized():  # the Trainer averages at its own step
             for parameter in trained:
-                dist.all_reduce(parameter.grad, op=dist.ReduceOp.AVG)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         getattr(optimizer, "optimizer", optimizer).step()  # that of accelerate would wait

@@ -82,13 +82,13 @@ class AnyRankConfig(PeftConfig):
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be positive")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
-        if self.schedule is None and (preset.nested or self.nested):
-            self.schedule = preset.schedule
+        nests = preset.nested if self.nested is None else self.nested
+        self.schedule = self.schedule or (preset.schedule if nests else None)
         usual = "alpha/k" if self.nested else preset.scale
         self.scale = self.scale or ("alpha/r" if self.schedule == "settle" else usual)
         if self.scale not in SCALES:
             raise ConfigError(f"scale={self.scale!r} is unknown; {nearest(self.scale, SCALES)}")
-        self.nested = preset.nested if self.nested is None else self.nested
+        self.nested = nests
         self.pool = preset.p if self.pool is None else self.pool
         self.repeat = preset.q if self.repeat is None else self.repeat
         if self.nested and preset.core == DENSE:
