@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,3 +237,37 @@ def test_a_plain_trainer_draws_ranks_too_and_leaves_other_models_alone(tmp_path)
     moved = (layers(model)[0].anyrank_B["default"] - before).abs().sum(0)
     largest = max(anyrank.Schedule(8)(step, 2, 42).ranks[0] for step in range(2))
     assert moved.nonzero().flatten().tolist() == list(range(largest))
+
+
+TWO_PROCESSES = """
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from anyrank.training.callback import RankCallback
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+model = nn.Linear(3, 1, bias=False)
+nn.init.zeros_(model.weight)
+optimizer = torch.optim.SGD(model.parameters(), 1.0)
+model(torch.full((1, 3), rank + 1.0)).sum().backward()  # gradients of 1 and of 2
+RankCallback()._step(SimpleNamespace(max_grad_norm=0.0), model, optimizer)
+assert torch.equal(model.weight, torch.full((1, 3), -1.5)), model.weight
+assert model.weight.grad is None
+"""
+
+
+@pytest.mark.slow  # two processes that import transformers
+def test_processes_average_the_gradients_of_a_step_of_their_own(tmp_path):
+    words = [sys.executable, "-c", TWO_PROCESSES]
+    both = [
+        subprocess.Popen([*words, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in both:
+        errors = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == 0, errors
