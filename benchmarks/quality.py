@@ -222,7 +222,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "|---" * (len(RANKS) + 3) + "|"
     for name, row in found.items():
         cells = [f"{row['mean'][rank]:.3f}" for rank in RANKS]
-        merits = f"{row['merit']:+.3f} ± {row['merit_sd']:.3f}"
+        merits = f"{row['merit']:+.3f}"
+        merits += f" ± {row['merit_sd']:.3f}" if row["seeds"] > 1 else ""
         yield f"| {name} | {row['learning_rate']} | " + " | ".join(cells) + f" | {merits} |"
 
 
@@ -231,6 +232,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = ("blue", "orange", "green", "purple", "olive", "gray", "cyan")
+    axes.set_prop_cycle(color=[f"tab:{colour}" for colour in colours])
     for name, row in found.items():
         bold = name in ("anyrank", "LoRA of each rank")
         means, errors = ([row[key][rank] for rank in RANKS] for key in ("mean", "sd"))
