@@ -4,9 +4,9 @@
     python benchmarks/quality.py --methods lora anyrank --seeds 1       only some
 
 Every method sees the same rows in the same order: `--steps` steps of 8 rows, of similar lengths;
-`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. Each method is trained at each of its learning rates from the first seed, and
-at the best of them from the others. The learning rate of a method is the one with the lowest mean
-loss over its ranks; LoRA chooses at each rank, and so do the two cuts of LoRA 64, for themselves.
+`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. Each is trained at its
+learning rates from the first seed, and at the best of them from the others: the one with the lowest
+mean loss over its ranks. LoRA chooses at each rank, and so do both cuts of LoRA 64, for themselves.
 The merit is the mean over log2 of the rank of the loss above that of a LoRA trained at that rank.
 
 A run is a folder of `anyrank train` and `anyrank sweep`; what is finished is not done again.
