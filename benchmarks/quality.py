@@ -4,66 +4,34 @@
     python benchmarks/quality.py --methods lora anyrank --seeds 1       only some
 
 Every method sees the same rows in the same order: `--steps` steps of 8 rows, of similar lengths;
-`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. Each is trained at its
-learning rates from the first seed, and at the best of them from the others: the one with the lowest
-mean loss over its ranks. LoRA chooses at each rank, and so do both cuts of LoRA 64, for themselves.
-The merit is the mean over log2 of the rank of the loss above that of a LoRA trained at that rank.
+`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. LoRA chooses its rate
+at each rank, and so do both cuts of LoRA 64, for themselves (quality_runs.py). The merit is the
+mean over log2 of the rank of the loss above that of a LoRA trained at that rank.
 
-A run is a folder of `anyrank train` and `anyrank sweep`; what is finished is not done again.
-`--jobs` runs go on side by side, a core each. Results: quality.json, quality.png, and Markdown.
+Results: quality.json, quality.png, and Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_cut import write_cut
+from quality_runs import Losses, Plan, measure, spread
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LISTED = ",".join(map(str, RANKS))
-ROWS = 8  # of a step
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a method is trained.
-
-    Attributes:
-        options: of `anyrank train`.
-        rates: learning rates to choose from.
-        compute: steps, to those of LoRA.
-        parts: micro-batches of a step.
-        cut: how the ranks are cut from an adapter that was trained at one; "": they were trained.
-        from_: the method whose runs are cut.
-    """
-
-    options: str = ""
-    rates: tuple[str, ...] = ("1e-3", "3e-3", "1e-2")
-    compute: float = 1.0
-    parts: int = 1
-    cut: str = ""
-    from_: str = ""
-
-
 LORA = [f"lora {rank}" for rank in RANKS]
 PLANS: dict[str, Plan] = {
     **{
         name: Plan(f"--method qlora --lora_r {rank}", ("5e-3", "1e-2", "2e-2"))
         for name, rank in zip(LORA, RANKS, strict=True)
     },
-    "LoRA 64, SVD cut": Plan(cut="svd", from_="lora 64"),
-    "LoRA 64, prefix": Plan(cut="prefix", from_="lora 64"),
+    "LoRA 64, SVD cut": Plan(cut="svd", from_="lora 64", ranks=LISTED),
+    "LoRA 64, prefix": Plan(cut="prefix", from_="lora 64", ranks=LISTED),
     "QDyLoRA": Plan(f"--method qdylora --ranks {LISTED}"),
     "QDyLoRA, frozen rows": Plan("--method qdylora --frozen_rows true"),
     "sandwich, 3 ranks a step": Plan(
@@ -72,110 +40,6 @@ PLANS: dict[str, Plan] = {
     "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", parts=4),
     "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run with its evaluation, in a folder of its own."""
-
-    method: str
-    rate: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        words = self.method.replace(",", "").split()
-        return f"{'-'.join(words)}-{self.rate}-seed{self.seed}"
-
-
-Losses = dict[int, float]
-
-
-class Bench:
-    """Runs what is missing and reads what is there."""
-
-    def __init__(self, chosen: argparse.Namespace) -> None:
-        self.chosen = chosen
-        self.out: Path = chosen.out / f"{chosen.steps}-steps"
-        self.out.mkdir(parents=True, exist_ok=True)
-
-    def measure(self, runs: list[Run]) -> dict[Run, dict[str, Losses]]:
-        """Train and sweep, `jobs` at a time."""
-        with ThreadPoolExecutor(self.chosen.jobs) as pool:
-            return dict(zip(runs, pool.map(self.losses, runs), strict=True))
-
-    def losses(self, run: Run) -> dict[str, Losses]:
-        """Nats per answer token by rank, for every way in which the run is cut ("": as trained)."""
-        folder = self.out / run.folder
-        if not (folder / "result.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # it was interrupted
-            self.train(run, folder)
-        found = {"": self.sweep(folder)}
-        for name, plan in PLANS.items():
-            if plan.from_ == run.method and name in self.chosen.methods:
-                cut = folder.with_name(f"{folder.name}-{plan.cut}")
-                if not (cut / "result.json").exists():
-                    write_cut(folder, cut, plan.cut)
-                found[plan.cut] = self.sweep(cut, "--ranks", LISTED)
-        return found
-
-    def train(self, run: Run, folder: Path) -> None:
-        plan, chosen = PLANS[run.method], self.chosen
-        rows = 3 if plan.parts == 3 else ROWS // plan.parts
-        self.anyrank(
-            "train", "--model_name_or_path", chosen.model, "--dataset", chosen.data / "train.jsonl",
-            "--prompt_column", "question", "--completion_column", "answer", *plan.options.split(),
-            "--max_steps", int(chosen.steps * plan.compute), "--learning_rate", run.rate,
-            "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", plan.parts,
-            "--train_sampling_strategy", "group_by_length", "--warmup_steps", 0,
-            "--max_length", 512, "--save_strategy", "no", "--seed", run.seed,
-            "--output_dir", folder,
-        )  # fmt: skip
-
-    def sweep(self, folder: Path, *ranks: str) -> Losses:
-        if not (folder / "sweep.json").exists():
-            test = self.chosen.data / "test.jsonl"
-            self.anyrank("sweep", folder, "--dataset", test, "--limit", self.chosen.limit, *ranks)
-        found = json.loads((folder / "sweep.json").read_text())["ranks"]
-        return {row["rank"]: float(row["loss"] or "nan") for row in found}
-
-    def anyrank(self, *words: object) -> None:
-        command = [sys.executable, "-m", "anyrank", *map(str, words)]
-        alone = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.chosen.jobs, 1))}
-        done = subprocess.run(command, capture_output=True, text=True, env={**alone, **os.environ})
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        print(".", end="", file=sys.stderr, flush=True)
-
-
-def best_rate(found: dict[Run, dict[str, Losses]], method: str, cut: str, seed: int) -> str:
-    """The learning rate with the lowest mean loss over the ranks."""
-    mean = {
-        run.rate: statistics.fmean(losses[cut].values())
-        for run, losses in found.items()
-        if run.method == method and run.seed == seed
-    }
-    finite = {rate: loss for rate, loss in mean.items() if loss == loss}
-    return min(finite, key=lambda rate: finite[rate])
-
-
-def measure(chosen: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Losses]]]:
-    """The best rate and the losses by seed, of every method asked for."""
-    bench, first = Bench(chosen), chosen.seeds[0]
-    names = [name for name in PLANS if name in chosen.methods]
-    trained = [name for name in names if not PLANS[name].cut]
-    runs = [Run(n, rate, first) for n in trained for rate in chosen.rates or PLANS[n].rates]
-    found = bench.measure(runs)
-    rates = {
-        name: best_rate(found, PLANS[name].from_ or name, PLANS[name].cut, first) for name in names
-    }
-    wanted = {
-        name: [Run(PLANS[name].from_ or name, rates[name], seed) for seed in chosen.seeds]
-        for name in names
-    }
-    found |= bench.measure(list(dict.fromkeys(run for runs in wanted.values() for run in runs)))
-    by_seed = {n: [found[run][PLANS[n].cut] for run in wanted[n]] for n in names}
-    return rates, by_seed
 
 
 def join_lora(rates: dict[str, str], by_seed: dict[str, list[Losses]]) -> None:
@@ -210,10 +74,6 @@ def summary(rates: dict[str, str], by_seed: dict[str, list[Losses]]) -> dict[str
             "seeds": len(seeds),
         }
     return out
-
-
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -266,7 +126,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if "lora" in chosen.methods:
         chosen.methods += LORA
-    rates, by_seed = measure(chosen)
+    rates, by_seed = measure(chosen, PLANS)
     if not set(LORA) <= by_seed.keys():
         print(json.dumps({name: [rates[name], by_seed[name]] for name in by_seed}, indent=1))
         return

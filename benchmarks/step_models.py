@@ -125,7 +125,7 @@ def adapted_model(job: Job) -> Any:
     else:
         config = anyrank.AnyRankConfig(method=job.side, **options)
         if job.lean:
-            anyrank.lean_decoder(model)
+            anyrank.lean_decoder(model, exact=job.device != "cpu")
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/quality.py, and the cuts of a run."""
+"""The arithmetic of benchmarks/quality.py and quality_runs.py, and the cuts of a run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def quality(monkeypatch):
     return importlib.import_module("quality")
 
 
+@pytest.fixture
+def runs(quality):
+    return importlib.import_module("quality_runs")
+
+
 def test_the_merit_is_the_mean_gap_over_log2_of_the_rank(quality):
     alone = {rank: 3.0 - i / 10 for i, rank in enumerate(quality.RANKS)}
     assert quality.merit(alone, alone) == 0
@@ -27,13 +32,13 @@ def test_the_merit_is_the_mean_gap_over_log2_of_the_rank(quality):
     assert quality.merit(worse, alone) == pytest.approx(0.1)
 
 
-def test_the_best_rate_is_that_of_the_lowest_mean_and_never_one_that_diverged(quality):
+def test_the_best_rate_is_that_of_the_lowest_mean_and_never_one_that_diverged(quality, runs):
     found = {
-        quality.Run("m", rate, 1): {"": dict.fromkeys(quality.RANKS, loss)}
+        runs.Run("m", rate, 1): {"": dict.fromkeys(quality.RANKS, loss)}
         for rate, loss in (("1", 3.0), ("2", 2.9), ("3", math.nan))
     }
-    found[quality.Run("m", "3", 2)] = {"": dict.fromkeys(quality.RANKS, 0.0)}  # another seed
-    assert quality.best_rate(found, "m", "", 1) == "2"
+    found[runs.Run("m", "3", 2)] = {"": dict.fromkeys(quality.RANKS, 0.0)}  # another seed
+    assert runs.best_rate(found, "m", "", 1) == "2"
 
 
 def test_lora_of_each_rank_becomes_one_row(quality):
@@ -51,7 +56,7 @@ def test_lora_of_each_rank_becomes_one_row(quality):
     assert found["other"]["merit_sd"] == pytest.approx(0.5**0.5)
 
 
-def test_a_cut_keeps_the_product_and_orders_its_rows(quality, tmp_path):
+def test_a_cut_keeps_the_product_and_orders_its_rows(runs, tmp_path):
     torch.manual_seed(0)
     run, out = tmp_path / "run", tmp_path / "cut"
     run.mkdir()
@@ -60,7 +65,7 @@ def test_a_cut_keeps_the_product_and_orders_its_rows(quality, tmp_path):
     for name in ("config.yaml", "result.json", "sweep.json"):
         (run / name).write_text("{}")
     for how in ("prefix", "svd"):
-        quality.write_cut(run, out, how)
+        runs.write_cut(run, out, how)
         assert sorted(p.name for p in out.iterdir()) == [
             "adapter_model.safetensors", "config.yaml", "result.json",
         ]  # fmt: skip

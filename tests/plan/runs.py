@@ -87,7 +87,7 @@ def trainer_of(words: Sequence[str]) -> Any:
     base = load_base(model, in_4bit=wants_4bit(model, adapter.method), trust_remote_code=False)
     base.config.use_cache = False
     if model.lean:
-        lean_decoder(base)
+        lean_decoder(base, exact=False)
     batch, length = args.per_device_train_batch_size, args.max_length or 0
     whole = 1 if args.packing else batch  # packing fills every row
     lengths = [length - 5 * bool(i % whole) for i in range(4 * batch)]

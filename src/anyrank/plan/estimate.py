@@ -196,7 +196,7 @@ class Planner:
             assert found is not None
             layers = list(zip(found[1], (self.kinds[i] for i in sample), strict=True))
         if self.model.lean:
-            lean_decoder(model)
+            lean_decoder(model, exact=self.on_gpu)
         dtype = skeleton.base_dtype(self.config, self.model.dtype)
         return FakeRun(
             model,

@@ -61,7 +61,7 @@ def train(
     base = load_base(model, in_4bit=in_4bit, trust_remote_code=args.trust_remote_code)
     base.config.use_cache = False
     if model.lean and args.n_gpu <= 1:  # DataParallel copies would run the first one's modules
-        lean_decoder(base)
+        lean_decoder(base, exact=args.device.type != "cpu")
     trainer = sft_trainer(base, args, rows, held_out, tokenizer, config, folder)
     if checkpoint is not None:
         _check_base(trainer, checkpoint)

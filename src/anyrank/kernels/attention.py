@@ -1,0 +1,206 @@
+"""Causal attention over short rows on a CPU, faster there than torch's.
+
+For queries q, keys k and values v of one head, [T, D], T tokens:
+
+    S = scale q k^T, -inf above the diagonal,     P = softmax(S),        o = P v
+    dv = P^T g,    dS = P (g v^T - sum(P g v^T)),    dq = scale dS k,    dk = scale dS^T q
+
+S is made in float32, and again in the backward pass: kept are q, k and v. A block of QUERIES rows
+is multiplied with the keys up to its end, for CHUNK scores of many heads at a time, so most of what
+lies above the diagonal is never made; heads that share keys are rows of one product. torch's kernel
+walks through blocks of one head, which is better for long rows (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from .shared import shared
+
+LONG = 768  # tokens from which on torch's kernel is the faster one
+QUERIES = 64  # of a block
+CHUNK = 2**20  # scores at a time
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention`, in another order of rounding where this module is faster.
+
+    That is in bf16 on a CPU with bf16 products, for rows shorter than LONG that are causal, with or
+    without a mask of padding or of packed rows. torch computes everything else.
+
+    Args:
+        query: [batch, heads, tokens, D].
+        key, value: [batch, heads or fewer with `enable_gqa`, tokens, D].
+        attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch takes them.
+
+    Returns:
+        [batch, heads, tokens, D].
+    """
+    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+    if dropout_p or not _is_short(query, key, value) or not _is_causal(query, attn_mask, is_causal):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast("cpu", enabled=False):
+        return _ShortAttention.apply(query, key, value, attn_mask, scale)  # type: ignore[return-value]
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether these shapes on this device are the ones for which it pays."""
+    tensors = (query, key, value)
+    if any(t.device.type != "cpu" or t.dtype != torch.bfloat16 or t.ndim != 4 for t in tensors):
+        return False
+    fits = query.shape[::2] == key.shape[::2] and value.shape[:3] == key.shape[:3]
+    if not fits or not 1 < query.shape[2] < LONG or query.shape[1] % key.shape[1]:
+        return False
+    return multiplies_bf16()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _is_causal(query: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether no token sees a later one and each sees some: found once per mask."""
+    if mask is None:
+        return is_causal
+    tokens = query.shape[2]
+    if mask.dtype != torch.bool or mask.shape[1:] != (1, tokens, tokens) or is_causal:
+        return False
+    if len(mask) not in (1, len(query)):
+        return False
+    if is_fake(mask):  # of a plan: that of a padded batch
+        return True
+    return shared(mask, "causal", lambda: bool(mask.any(-1).all() and not mask.triu(1).any()))
+
+
+def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of the batch and heads of the keys that go through together."""
+    (batch, heads, tokens, _), shared_by = key.shape, query.shape[1] // key.shape[1]
+    count = max(CHUNK // (shared_by * min(tokens, QUERIES) * tokens), 1)
+    rows = max(count // heads, 1)
+    for row in range(0, batch, rows):
+        for head in range(0, heads, count):
+            yield slice(row, row + rows), slice(head, head + count)
+
+
+def _blocks(tokens: int) -> Iterator[slice]:
+    """The queries of each product."""
+    for start in range(0, tokens, QUERIES):
+        yield slice(start, min(start + QUERIES, tokens))
+
+
+def _grouped(x: Tensor, key: Tensor, rows: slice, heads: slice) -> Tensor:
+    """A view of x [batch, heads, tokens, D]: [rows, heads of the keys, sharing, tokens, D]."""
+    return x.unflatten(1, (key.shape[1], -1))[rows, heads]
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """[rows, heads, sharing, tokens, D] as [rows * heads, sharing * tokens, D]."""
+    return x.flatten(2, 3).flatten(0, 1)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, hidden: Tensor | None, queries: slice, scale: float
+) -> Tensor:
+    """P [heads, queries, keys] in float32, of q [heads, queries, D] and k [heads, D, keys].
+
+    Args:
+        hidden: [rows or 1, 1, tokens, tokens], -inf where a mask hides a key; None: causal.
+    """
+    s = torch.bmm(q.float().mul_(scale), k)
+    count = queries.stop - queries.start
+    if hidden is None:
+        above = torch.full((count, count), -torch.inf).triu_(1)
+        s.unflatten(1, (-1, count))[..., queries].add_(above)
+    else:
+        s.view(len(hidden), -1, count, queries.stop).add_(hidden[..., queries, : queries.stop])
+    return s.softmax(-1)
+
+
+def _hidden(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """-inf where these rows of a mask hide a key, made once per mask."""
+    if mask is None:
+        return None
+    made = shared(mask, "hidden", lambda: torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf))
+    return made[rows] if len(mask) > 1 else made
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        o = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        for part in _heads(query, key):
+            k, v = (x[part].flatten(0, 1) for x in (key, value))
+            q, made = (_grouped(x, key, *part) for x in (query, o))
+            wide, hidden = k.float().transpose(1, 2), _hidden(mask, part[0])
+            for now in _blocks(tokens):
+                these = _matrices(q[..., now, :])
+                p = _probabilities(these, wide[..., : now.stop], hidden, now, scale).to(v.dtype)
+                to = made[..., now, :]
+                to.copy_(torch.bmm(p, v[:, : now.stop]).view(to.shape))
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, mask = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
+        with torch.autocast("cpu", enabled=False):
+            for part in _heads(query, key):
+                into = _grouped(dq, key, *part), dk[part], dv[part]
+                q, g = (_grouped(x, key, *part) for x in (query, gradients[0]))
+                hidden = _hidden(mask, part[0])
+                _backward(into, q, g, key[part], value[part], hidden, ctx.scale)
+        return dq, dk, dv, None, None
+
+
+def _backward(
+    into: tuple[Tensor, Tensor, Tensor],
+    query: Tensor,
+    gradient: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    scale: float,
+) -> None:
+    """dq, dk and dv of some heads, into views of them."""
+    k, v = (x.flatten(0, 1) for x in (key, value))
+    wide, v_t = k.float().transpose(1, 2), v.transpose(1, 2)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    for now in _blocks(k.shape[1]):
+        q, g = (_matrices(x[..., now, :]) for x in (query, gradient))
+        p = _probabilities(q, wide[..., : now.stop], hidden, now, scale)
+        dp = torch.bmm(g, v_t[..., : now.stop]).float()
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+        to = into[0][..., now, :]
+        to.copy_(torch.bmm(ds, k[:, : now.stop]).view(to.shape))
+        dk[:, : now.stop] += torch.bmm(ds.transpose(1, 2), q)
+        dv[:, : now.stop] += torch.bmm(p.to(g.dtype).transpose(1, 2), g)
+    into[1].copy_(dk.view(key.shape))
+    into[2].copy_(dv.view(value.shape))

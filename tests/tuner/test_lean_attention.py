@@ -1,0 +1,143 @@
+"""`lean_decoder(exact=False)`: attention layers that take the kernel for short rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tiny import IDS, SHAPE, adapted
+from torch import Tensor, nn
+
+from anyrank.kernels import attention as short
+from anyrank.tuner.decoder import lean_decoder
+
+LLAMA = {**SHAPE, "vocab_size": 128}
+FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+FAMILIES = {
+    "llama": tf.LlamaConfig(**LLAMA),
+    "qwen 3, shared keys": tf.Qwen3Config(**{**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
+    "mistral": tf.MistralConfig(**LLAMA),
+    "falcon, its own call": tf.FalconConfig(**FALCON),
+}
+every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch) -> list[str]:
+    """A word for every pass of our kernel."""
+    made: list[str] = []
+    for name in ("forward", "backward"):
+        own = getattr(short._ShortAttention, name)
+
+        def counted(*args: Any, own: Any = own, name: str = name) -> Any:
+            made.append(name)
+            return own(*args)
+
+        monkeypatch.setattr(short._ShortAttention, name, staticmethod(counted))
+    monkeypatch.setattr(short, "multiplies_bf16", lambda: True)
+    return made
+
+
+def built(config: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).bfloat16()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # random models are tiny, and their attention flat
+            parameter.data *= 3
+    return adapted(model, "lora").train()
+
+
+def outcome(model: nn.Module, mask: Tensor | None = None) -> list[Tensor]:
+    """The logits, where a mask has words, and all gradients."""
+    model.zero_grad()
+    out: Any = model(input_ids=IDS, attention_mask=mask, labels=IDS, use_cache=False)
+    out.loss.backward()
+    seen = out.logits if mask is None else out.logits[mask.bool()]
+    return [seen, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def distance(got: list[Tensor], wanted: list[Tensor]) -> float:
+    mine, theirs = (torch.cat([t.double().flatten() for t in side]) for side in (got, wanted))
+    return ((mine - theirs).norm() / theirs.norm()).item()
+
+
+@every_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_layer_takes_it_and_rounds_as_torch_does(config, padded, calls):
+    mask = None
+    if padded:
+        mask = torch.ones_like(IDS)
+        mask[0, -3:] = 0
+    model = built(config)
+    wanted = outcome(model, mask)
+    assert not calls
+    lean = lean_decoder(model, exact=False)
+    assert lean.attention == 2
+    got = outcome(model, mask)
+    assert calls == ["forward"] * 2 + ["backward"] * 2
+    assert 0 < distance(got, wanted) < 2e-2
+    lean.undo()
+    calls.clear()
+    assert distance(outcome(model, mask), wanted) == 0
+    assert not calls
+
+
+def test_logits_stay_exact_unless_asked(calls):
+    model = built(FAMILIES["llama"])
+    wanted = outcome(model)[0]
+    assert lean_decoder(model).attention == 0
+    assert torch.equal(outcome(model)[0], wanted)
+    assert not calls
+
+
+def test_with_gradient_checkpointing_it_is_the_same_to_the_last_bit(calls):
+    model = built(FAMILIES["llama"])
+    lean_decoder(model, exact=False)
+    wanted = outcome(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    calls.clear()
+    assert distance(outcome(model), wanted) == 0
+    assert calls.count("forward") == 4
+
+
+def test_eager_attention_and_float32_stay_as_they_are(calls):
+    for model in (built(FAMILIES["llama"], attn_implementation="eager"), built(FAMILIES["llama"])):
+        if model.config._attn_implementation == "sdpa":
+            model.float()
+        wanted = outcome(model)
+        assert lean_decoder(model, exact=False).attention == 2
+        assert distance(outcome(model), wanted) < 1e-2
+    assert not calls
+
+
+def test_generation_with_a_cache_says_the_same_words(calls):
+    model = built(FAMILIES["llama"]).eval()
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(IDS, **options)
+    lean_decoder(model, exact=False)
+    assert torch.equal(model.generate(IDS, **options), wanted)
+    assert calls == ["forward"] * 2  # the prompt; then a token at a time
+
+
+def test_a_compiled_layer_keeps_torchs_attention_in_one_graph(calls):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(FAMILIES["llama"]).bfloat16().eval()
+    layer = model.model.layers[0].self_attn
+    x = torch.randn(2, 9, 64).bfloat16()
+    turns = model.model.rotary_emb(x, torch.arange(9)[None])
+
+    def run(module: Any) -> Tensor:
+        return module(x, position_embeddings=turns, attention_mask=None)[0]
+
+    with torch.no_grad():
+        wanted = run(layer)
+        assert lean_decoder(model, exact=False).attention == 2
+        got = run(torch.compile(layer, backend="aot_eager", fullgraph=True))
+        assert not calls
+        run(layer)
+    assert torch.equal(got, wanted)
+    assert calls == ["forward"]
