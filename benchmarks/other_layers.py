@@ -1,33 +1,37 @@
-"""Trained layers of other papers on the codes of `anyrank quantize`, for benchmarks/claims.py.
+"""Trained layers of other papers on quantized weights, for benchmarks/quality.py and claims.py.
 
     scales    PEQA (arXiv 2305.14152): y = (W (1 + d)) x, one d per scale of W, from zero
     skips     the skips of IR-QLoRA (arXiv 2402.05445) around A and B, without parameters but two:
               u = A x + b1 M x,  y = W x + s (B u + b2 N u);  M averages neighbours of x to the
               length of u, N repeats what u averages to; b1 and b2 from zero
+    matryoshka    MatryoshkaLoRA (arXiv 2605.07850): y = W x + B diag(P) A x, where P_i is the sum
+              of s_k = 1 / sqrt(k) over the ranks k >= i; at rank k, y = W x + s_k B[:, :k] A[:k] x
 
     python other_layers.py skips --rank 8 --pool 32 --test test.jsonl -- (options of anyrank train)
 
-The model is trained as `anyrank train` does, and the loss on the test rows goes into sweep.json.
+The model is trained as `anyrank train` does, and the loss on the test rows goes into sweep.json, of
+every rank where there are several.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import set_seed
 from trl.trainer.sft_trainer import SFTTrainer
 
 from anyrank.algebra import pool, repeat
+from anyrank.files import write_json
 from anyrank.quant.affine import AffineLinear
 from anyrank.sweep.evaluate import evaluation, score
-from anyrank.training.base import load_base, load_tokenizer
+from anyrank.training.base import load_base, load_tokenizer, wants_4bit
 from anyrank.training.parse import parse_train
 from anyrank.training.train import read_data
 from anyrank.tuner.decoder import lean_decoder
@@ -67,13 +71,34 @@ class Skips(nn.Module):
         return self.base(x) + (self.scale * y).to(x.dtype)
 
 
+class Matryoshka(nn.Module):
+    """A LoRA of which every row is scaled by the ranks that it is part of; `rank` cuts it."""
+
+    def __init__(self, base: nn.Linear, chosen: argparse.Namespace) -> None:
+        super().__init__()
+        self.base, self.rank = base, 0
+        self.a = nn.Parameter(torch.empty(chosen.rank, base.in_features))
+        nn.init.kaiming_uniform_(self.a, math.sqrt(5))
+        self.b = nn.Parameter(torch.zeros(base.out_features, chosen.rank))
+        rows = range(1, chosen.rank + 1)
+        weights = [sum(k**-0.5 for k in chosen.ranks if k >= i) for i in rows]
+        self.p = nn.Buffer(torch.tensor(weights))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rank:
+            y = x.float() @ self.a[: self.rank].T @ self.b[:, : self.rank].T * self.rank**-0.5
+        else:
+            y = x.float() @ (self.p[:, None] * self.a).T @ self.b.T
+        return self.base(x) + y.to(x.dtype)
+
+
 def resized(x: Tensor, d: int) -> Tensor:
     """[..., d]: means of neighbours down to the greatest common divisor, then repeated."""
     common = math.gcd(x.shape[-1], d)
     return repeat(pool(x, x.shape[-1] // common), d // common)
 
 
-LAYERS = {"scales": Scales, "skips": Skips}
+LAYERS = {"scales": Scales, "skips": Skips, "matryoshka": Matryoshka}
 
 
 def main() -> None:
@@ -82,12 +107,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16)
     parser.add_argument("--pool", type=int, default=1)
+    parser.add_argument("--ranks", type=lambda text: [int(k) for k in text.split(",")], default=[])
     parser.add_argument("--test", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("words", nargs="+")
     chosen = parser.parse_args()
 
-    model, _, data, args = parse_train(chosen.words)
+    model, adapter, data, args = parse_train(chosen.words)
     folder = Path(str(args.output_dir))
     tokenizer = load_tokenizer(model, trust_remote_code=False)
     rows, _ = read_data(data, args, tokenizer)
@@ -95,24 +121,30 @@ def main() -> None:
         replace(data, dataset=chosen.test, dataset_limit=chosen.limit), args, tokenizer
     )
     set_seed(args.seed)
-    base = load_base(model, in_4bit=False, trust_remote_code=False)
+    in_4bit = wants_4bit(model, adapter.method)
+    base = load_base(model, in_4bit=in_4bit, trust_remote_code=False)
     base.config.use_cache = False
     lean_decoder(base, exact=False)
     base.requires_grad_(False)
     for name, layer in list(base.named_modules()):
-        if isinstance(layer, AffineLinear):
+        if isinstance(layer, (AffineLinear, Linear4bit)):
             base.set_submodule(name, LAYERS[chosen.layer](layer, chosen))
     trained: Any = base
     trained._hf_peft_config_loaded = True  # what is trained is no quantized weight
     trainer = SFTTrainer(base, args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    with evaluation(base):
-        loss = score(base, test.to_list(), 8).loss
+    found = []
     parameters = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    for rank in chosen.ranks or [0]:
+        for module in base.modules():
+            if isinstance(module, Matryoshka):
+                module.rank = rank
+        with evaluation(base):
+            loss = score(base, test.to_list(), 8).loss
+        found.append({"rank": rank, "loss": loss, "parameters": parameters})
     folder.mkdir(parents=True, exist_ok=True)
-    row = {"rank": 0, "loss": loss, "parameters": parameters}
-    (folder / "sweep.json").write_text(json.dumps({"ranks": [row]}))
-    (folder / "result.json").write_text(json.dumps({"finished": True}))
+    write_json(folder / "sweep.json", {"ranks": found})
+    write_json(folder / "result.json", {"finished": True})
 
 
 if __name__ == "__main__":

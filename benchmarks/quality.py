@@ -34,6 +34,7 @@ PLANS: dict[str, Plan] = {
     "LoRA 64, prefix": Plan(cut="prefix", from_="lora 64", ranks=LISTED),
     "QDyLoRA": Plan(f"--method qdylora --ranks {LISTED}"),
     "QDyLoRA, frozen rows": Plan("--method qdylora --frozen_rows true"),
+    "MatryoshkaLoRA": Plan("--method qlora", layer=f"matryoshka --rank 64 --ranks {LISTED}"),
     "sandwich, 3 ranks a step": Plan(
         f"--method qdylora --ranks {LISTED} --schedule sandwich", compute=8 / 9, parts=3
     ),

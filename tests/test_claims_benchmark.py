@@ -70,6 +70,23 @@ def test_skips_start_as_the_base_and_add_means_and_copies(pooled, script):
     torch.testing.assert_close(trained(x), wanted)
 
 
+def test_a_matryoshka_row_counts_the_ranks_that_it_is_part_of(script):
+    layer = torch.nn.Linear(6, 5)
+    chosen = argparse.Namespace(rank=4, ranks=[1, 2, 4])
+    trained = script("other_layers").Matryoshka(layer, chosen)
+    x = torch.randn(3, 6)
+    assert torch.equal(trained(x), layer(x))
+    with torch.no_grad():
+        trained.b.normal_()
+    each = {}
+    for trained.rank in (1, 2, 4):
+        a, b = trained.a[: trained.rank], trained.b[:, : trained.rank]
+        each[trained.rank] = trained(x) - layer(x)
+        torch.testing.assert_close(each[trained.rank], trained.rank**-0.5 * x @ a.T @ b.T)
+    trained.rank = 0
+    torch.testing.assert_close(trained(x) - layer(x), sum(each.values()))
+
+
 def test_every_plan_is_a_run_that_parses(script):
     claims, runs = script("claims"), script("quality_runs")
     plans = {name: plan for group in claims.GROUPS.values() for name, plan in group.items()}
