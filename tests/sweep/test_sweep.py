@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import adapted, llama
 
 import anyrank
@@ -117,7 +119,7 @@ def test_the_smallest_rank_within_the_tolerance_is_chosen(losses, tolerance, cho
 
 def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     row = {"loss": 1.0, "perplexity": math.e, "exact_match": 0.5}
-    sizes = [{"rank": k, "parameters": 10 * k, "bytes": 80 * k} for k in (1, 2, 4)]
+    sizes = [{"rank": k, "parameters": 10**6 * k, "bytes": 4 * 10**6 * k} for k in (1, 2, 4)]
     above = [{"above_best": d, "above_best_se": d / 4} for d in (0.01, 0.04, 0.0)]
     found = {
         "base": row,
@@ -131,11 +133,14 @@ def test_the_report_is_json_a_picture_and_a_table(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sweep.json", "sweep.png"]
     shown = table(found)
     assert [c.header for c in shown.columns] == [
-        "rank", "nats/token", "above the best", "perplexity", "exact match", "parameters",
-        "LoRA file",
+        "rank", "nats per\ntoken", "above the best", "perplexity", "exact\nmatch", "parameters",
+        "LoRA\nfile",
     ]  # fmt: skip
     assert list(shown.columns[2].cells) == ["-", "0.0100 ± 0.0025", "0.0400 ± 0.0100", "-"]
     assert list(shown.columns[0].cells) == ["base", "1 <", "2", "4"]
+    text = io.StringIO()
+    Console(file=text, width=80).print(shown)
+    assert "…" not in text.getvalue()  # nothing is cut
 
 
 def swept(chosen, tolerance=None, **ranks):

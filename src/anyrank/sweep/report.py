@@ -24,15 +24,16 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
 
 def table(found: dict[str, Any]) -> Any:
     """The figures as a rich table; the chosen rank is marked."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     with_loss, with_answers = "loss" in found["base"], "exact_match" in found["base"]
     title = f"{found['rows']} rows, {found['tokens']:,} completion tokens" if with_loss else None
-    out = Table(title=title)
-    names = ["nats/token", "above the best", "perplexity"] if with_loss else []
-    names += ["exact match"] if with_answers else []
-    for name in ("rank", *names, *task_headers(found), "parameters", "LoRA file"):
-        out.add_column(name, justify="right")
+    out = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))  # of 80 columns
+    names = ["nats per\ntoken", "above the best", "perplexity"] if with_loss else []
+    names += ["exact\nmatch"] if with_answers else []
+    for name in ("rank", *names, *task_headers(found), "parameters", "LoRA\nfile"):
+        out.add_column(name, justify="right", no_wrap=True)
     for row in (found["base"] | {"rank": "base", "parameters": 0, "bytes": 0}, *found["ranks"]):
         chosen = row["rank"] is not None and row["rank"] == found["chosen_rank"]
         cells = [f"{row['rank'] or 'dense'}{' <' if chosen else ''}"]
