@@ -21,8 +21,9 @@ from pathlib import Path
 
 from quality_runs import Losses, Plan, measure, spread
 
-WIDE = ("3e-3", "1e-2", "3e-2")
-HIGH = ("1e-2", "3e-2", "6e-2")
+WIDE = ("3e-3", "1e-2", "2e-2")
+HIGH = ("1e-2", "3e-2", "6e-2")  # where inputs are means of 32
+SCALES = ("1e-2", "3e-2", "1e-1")
 NESTED = "1,2,4,8"
 
 
@@ -51,8 +52,8 @@ def foldable_plans(bits: int) -> dict[str, Plan]:
         ),
         f"QA-BLoRA r 8, {bits} bits": Plan(f"{folds} qablora", HIGH, base=base),
         f"QA-HiRA, tiles of 8 x 4, {bits} bits": Plan(f"{folds} qahira", WIDE, base=tiles),
-        f"PEQA, {bits} bits": Plan(layer="scales", rates=WIDE, base=base),
-        f"PEQA, tiles of 8 x 4, {bits} bits": Plan(layer="scales", rates=WIDE, base=tiles),
+        f"PEQA, {bits} bits": Plan(layer="scales", rates=SCALES, base=base),
+        f"PEQA, tiles of 8 x 4, {bits} bits": Plan(layer="scales", rates=SCALES, base=tiles),
         f"LoRA r 8, {bits} bits": Plan("--method lora --lora_r 8", WIDE, base=base),
         f"LoRA r 8 with skips, {bits} bits": Plan(layer="skips --rank 8", rates=WIDE, base=base),
     }
