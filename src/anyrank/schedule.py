@@ -7,7 +7,8 @@ resume. A schedule is data:
     sandwich   the largest, the smallest and a random one                     US-Nets
     full       always the largest                                             LoRA
     settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
-               the order of their SVD, the lowest ranks and the largest in turn
+               the order of their SVD, the lowest ranks and the largest in turn;
+               every micro-batch is a step
 
 `unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
 replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
@@ -38,7 +39,8 @@ class Draw:
         first: the first row that is trained; rows below pass no gradient.
         order: put the rows in the order of their SVD before this step.
         apart: each micro-batch is an optimizer step of its own.
-        speeds: by rank, how many times faster than at the optimizer's rate its rows move.
+        speeds: by rank, how many times faster than at the optimizer's rate its rows move; a rank
+            that is not listed moves at that rate, in a step apart at that of so small a batch.
     """
 
     ranks: tuple[int, ...]
@@ -137,15 +139,16 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank r, then 1, 2, r, 1, 4, r, and so on.
+        """The largest rank r, then 1, 2, r, 1, 4, r, and so on, a micro-batch at a time.
 
-        At one learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k)
-        times as far per step as at alpha/r: that is the speed of rank k here. The largest rank is
-        there to stay what it is while the first rows move, and its last rows are small: slowly.
+        Steps are small throughout: updates are what an adapter is short of (docs/log.md). At one
+        learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k) times as
+        far per step as at alpha/r: that is the speed of rank k here. The largest rank is there to
+        stay what it is while the first rows move, and its last rows are small: slowly.
         """
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
-            return Draw((self.rows,))
+            return Draw((self.rows,), apart=True)
         turns = self._turns
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
         speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}

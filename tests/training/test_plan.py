@@ -129,6 +129,25 @@ def test_each_rank_moves_its_own_rows_at_its_own_speed():
             assert gradient[:rank].any()
 
 
+@pytest.mark.parametrize(
+    ("parts", "together", "speed"),
+    [(4, False, 0.5), (16, False, 0.25), (1, False, 1), (4, True, 1)],
+)
+def test_a_step_of_a_micro_batch_goes_as_far_as_the_root_of_its_share(parts, together, speed):
+    model = adapted(llama(), method="anyrank", r=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+    plan.parts, plan.together = parts, together
+    b = layers(model)[0].anyrank_B["default"]
+    plan.begin(0)
+    assert plan.use(0) == 8
+    model(IDS, labels=IDS).loss.backward()
+    before, gradient = b.detach().clone(), b.grad.clone()
+    optimizer.step()
+    assert torch.allclose(b, before - speed * LR * gradient, atol=1e-7, rtol=1e-6)
+    assert gradient.any()
+
+
 def test_ranks_that_share_a_step_move_at_the_usual_speed():
     model = adapted(llama(), method="anyrank", r=8)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)

@@ -58,6 +58,7 @@ class RankCallback(TrainerCallback):
                 model, optimizer, total=state.max_steps, seed=args.seed, adapter_name=name
             )
             plan.together = args.fp16 or bool(args.fsdp)  # scaled or sharded: the Trainer must step
+            plan.parts = args.gradient_accumulation_steps
             self.plans.append(plan)
             check_micro_batches(plan.schedule, args.gradient_accumulation_steps)
 

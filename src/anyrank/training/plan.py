@@ -50,6 +50,8 @@ class RankPlan:
 
     Attributes:
         together: micro-batches share their step even where the schedule takes them apart.
+        parts: micro-batches of a step. The learning rate is that of the whole batch: where each
+            is a step and the schedule names no speed, it is divided by the root of their number.
 
     Raises:
         ConfigError: the model holds no such adapter, the optimizer is none of torch, or it holds
@@ -74,6 +76,7 @@ class RankPlan:
         self._trained = self._draw.trained
         self._speed = 1.0
         self.together = False
+        self.parts = 1
         self._kept: list[tuple[Tensor, Tensor, float]] = []  # rows, what they held, their speed
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -119,7 +122,8 @@ class RankPlan:
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
         shared = bool(self._trained) and not self.apart  # a step has one speed
-        self._speed = 1.0 if shared else self._draw.speeds.get(rank, 1.0)
+        usual = self.parts**-0.5 if self.apart else 1.0
+        self._speed = 1.0 if shared else self._draw.speeds.get(rank, usual)
         self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
 
