@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from quality_runs import Losses, Plan, measure, spread
+from quality_runs import Losses, Plan, add_options, measure, spread
 
 WIDE = ("3e-3", "1e-2", "2e-2")
 HIGH = ("1e-2", "3e-2", "6e-2")  # where inputs are means of 32
@@ -103,16 +103,9 @@ def lines(rates: dict[str, str], by_seed: dict[str, list[Losses]]) -> Iterator[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/t0-6m"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
-    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    add_options(parser, Path("runs/claims"))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--only", default="", help="methods with these words in their name")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rates", nargs="+", help="instead of those of each method")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--limit", type=int, default=160, help="test rows")
-    parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     found = {}
     for group in chosen.groups:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_runs import Losses, Plan, measure, spread
+from quality_runs import Losses, Plan, add_options, measure, spread
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LISTED = ",".join(map(str, RANKS))
@@ -115,15 +115,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/t0-6m"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    add_options(parser, Path("runs/quality"))
     parser.add_argument("--methods", nargs="+", default=list(PLANS), help="'lora' is all of LoRA's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rates", nargs="+", help="instead of those of each method")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--limit", type=int, default=160, help="test rows")
-    parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     if "lora" in chosen.methods:
         chosen.methods += LORA

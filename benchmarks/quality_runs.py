@@ -175,6 +175,18 @@ def measure(
     return rates, by_seed
 
 
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """The options of every comparison."""
+    parser.add_argument("--model", type=Path, default=Path("../shared/models/t0-6m"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rates", nargs="+", help="instead of those of each method")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--limit", type=int, default=160, help="test rows")
+    parser.add_argument("--jobs", type=int, default=2)
+
+
 def spread(values: list[float]) -> float:
     """The standard deviation over seeds; of one seed 0."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
