@@ -199,7 +199,7 @@ def test_the_report_shows_each_task_with_its_standard_error(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     shown = table(found)
     assert [column.header for column in shown.columns] == [
-        "rank", "gsm8k\nexact_match,strict-match", "wiki\nperplexity", "parameters", "LoRA file"
+        "rank", "gsm8k\nexact_match,strict-match", "wiki\nperplexity", "parameters", "LoRA\nfile"
     ]  # fmt: skip
     assert list(shown.columns[1].cells) == ["0.150 ± 0.050"] + ["0.250 ± 0.050"] * 2
     assert list(shown.columns[2].cells) == ["8.900", "9.000", "9.000"]
