@@ -4,8 +4,8 @@
     python benchmarks/claims.py --groups nested --seeds 1       only some
 
     rows      Q-BaRA against QLoRA at equal parameters, on codes of 4, 3 and 2 bits
-    foldable  QA-LoRA, QA-BLoRA, QA-HiRA, PEQA and the skips of IR-QLoRA, on codes of 4 and 2 bits
-    nested    every rank of a QA-LoRA from one run, against a run for each and the SVD cut
+    foldable  QA-LoRA, QA-BLoRA, QA-HiRA, PEQA and the skips of IR-QLoRA, on the same codes
+    nested    every rank of QA-LoRA and QA-BLoRA from one run, a run for each, and the SVD cut
 
 250 steps of 8 rows in one order, nats per answer token on the first test rows; one scale or offset
 per 32 weights everywhere (quality_runs.py). Results: claims.json, and Markdown.
@@ -59,33 +59,30 @@ def foldable_plans(bits: int) -> dict[str, Plan]:
     }
 
 
-def nested_plans() -> dict[str, Plan]:
-    """Every rank of a QA-LoRA, which has no more than 8 on layers of 256 inputs."""
-    base, method = codes(4), "--method qalora --foldable true"
-    every = f"{method} --lora_r 8 --nested true --ranks {NESTED}"
+def nested_plans(name: str, method: str) -> dict[str, Plan]:
+    """Every rank of a foldable method, which has no more than 8 on layers of 256 inputs."""
+    base, options = codes(4), f"--method {method} --foldable true --lora_r"
     return {
         **{
-            f"QA-LoRA alone r {rank}": Plan(f"{method} --lora_r {rank}", HIGH, base=base)
+            f"{name} alone r {rank}": Plan(f"{options} {rank}", HIGH, base=base)
             for rank in (1, 2, 4, 8)
         },
-        "QA-LoRA 8, SVD cut": Plan(
-            cut="svd", from_="QA-LoRA alone r 8", ranks=NESTED, rates=HIGH, base=base
+        f"{name} 8, SVD cut": Plan(
+            cut="svd", from_=f"{name} alone r 8", ranks=NESTED, rates=HIGH, base=base
         ),
-        "QA-LoRA nested, a rank a step": Plan(every, HIGH, base=base),
-        "QA-LoRA nested, settled": Plan(
-            f"{method} --lora_r 8 --nested true --schedule settle",
-            HIGH,
-            compute=1.15,
-            parts=4,
-            base=base,
+        f"{name} nested, a rank a step": Plan(
+            f"{options} 8 --nested true --ranks {NESTED}", HIGH, base=base
+        ),
+        f"{name} nested, settled": Plan(
+            f"{options} 8 --nested true --schedule settle", HIGH, compute=1.15, parts=4, base=base
         ),
     }
 
 
 GROUPS: dict[str, dict[str, Plan]] = {
     "rows": {k: v for bits in (4, 3, 2) for k, v in rows_plans(bits).items()},
-    "foldable": {k: v for bits in (4, 2) for k, v in foldable_plans(bits).items()},
-    "nested": nested_plans(),
+    "foldable": {k: v for bits in (4, 3, 2) for k, v in foldable_plans(bits).items()},
+    "nested": nested_plans("QA-LoRA", "qalora") | nested_plans("QA-BLoRA", "qablora"),
 }
 
 

@@ -4,9 +4,10 @@
     python benchmarks/quality.py --methods lora anyrank --seeds 1       only some
 
 Every method sees the same rows in the same order: `--steps` steps of 8 rows, of similar lengths;
-`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. LoRA chooses its rate
-at each rank, and so do both cuts of LoRA 64, for themselves (quality_runs.py). The merit is the
-mean over log2 of the rank of the loss above that of a LoRA trained at that rank.
+`anyrank` may take 15 % more, the sandwich trains as many rows in steps of 9. LoRA is also trained
+in four times as many steps of 2 rows, the size of those of `anyrank`. It chooses its rate at each
+rank, and so do the cuts of LoRA 64, for themselves (quality_runs.py). The merit is the mean over
+log2 of the rank of the loss above that of a LoRA trained at that rank in small steps.
 
 Results: quality.json, quality.png, and Markdown.
 """
@@ -24,35 +25,34 @@ from quality_runs import Losses, Plan, add_options, measure, spread
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LISTED = ",".join(map(str, RANKS))
-LORA = [f"lora {rank}" for rank in RANKS]
+EACH = {f"lora {rank}": f"--method qlora --lora_r {rank}" for rank in RANKS}
+SMALL = {f"small-step {name}": options for name, options in EACH.items()}
+ALONE = {"LoRA of each rank": EACH, "LoRA of each rank, small steps": SMALL}  # of several runs
 PLANS: dict[str, Plan] = {
-    **{
-        name: Plan(f"--method qlora --lora_r {rank}", ("5e-3", "1e-2", "2e-2"))
-        for name, rank in zip(LORA, RANKS, strict=True)
-    },
+    **{name: Plan(options, ("5e-3", "1e-2", "2e-2")) for name, options in EACH.items()},
     "LoRA 64, SVD cut": Plan(cut="svd", from_="lora 64", ranks=LISTED),
     "LoRA 64, prefix": Plan(cut="prefix", from_="lora 64", ranks=LISTED),
+    **{name: Plan(options, ("3e-3", "5e-3", "1e-2"), rows=2) for name, options in SMALL.items()},
+    "LoRA 64, small steps, SVD cut": Plan(cut="svd", from_="small-step lora 64", ranks=LISTED),
     "QDyLoRA": Plan(f"--method qdylora --ranks {LISTED}"),
     "QDyLoRA, frozen rows": Plan("--method qdylora --frozen_rows true"),
     "MatryoshkaLoRA": Plan("--method qlora", layer=f"matryoshka --rank 64 --ranks {LISTED}"),
     "sandwich, 3 ranks a step": Plan(
-        f"--method qdylora --ranks {LISTED} --schedule sandwich", compute=8 / 9, parts=3
+        f"--method qdylora --ranks {LISTED} --schedule sandwich", rows=9, parts=3
     ),
     "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", parts=4),
     "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4),
 }
 
 
-def join_lora(rates: dict[str, str], by_seed: dict[str, list[Losses]]) -> None:
-    """LoRA trained at each rank as one row of the table."""
-    present = [name for name in LORA if name in by_seed]
-    joined = [dict(kv for name in present for kv in by_seed[name][i].items())
-              for i in range(min(len(by_seed[name]) for name in present))]  # fmt: skip
-    rate = ", ".join(dict.fromkeys(rates[name] for name in present))
-    for name in present:
+def join(rates: dict[str, str], by_seed: dict[str, list[Losses]], row: str) -> None:
+    """The runs of each rank as one row of the table, of the seeds that all of them have."""
+    names = list(ALONE[row])
+    seeds = zip(*(by_seed[name] for name in names), strict=False)
+    by_seed[row] = [dict(kv for losses in seed for kv in losses.items()) for seed in seeds]
+    rates[row] = ", ".join(dict.fromkeys(rates[name] for name in names))
+    for name in names:
         del rates[name], by_seed[name]
-    rates["LoRA of each rank"] = rate
-    by_seed["LoRA of each rank"] = joined
 
 
 def merit(losses: Losses, alone: Losses) -> float:
@@ -61,10 +61,10 @@ def merit(losses: Losses, alone: Losses) -> float:
 
 
 def summary(rates: dict[str, str], by_seed: dict[str, list[Losses]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, by method and rank."""
-    alone = by_seed["LoRA of each rank"]
+    """Mean and standard deviation over the seeds, by method and rank; small steps measure all."""
+    alone = by_seed["LoRA of each rank, small steps"]
     out = {}
-    for name, seeds in sorted(by_seed.items(), key=lambda item: item[0] != "LoRA of each rank"):
+    for name, seeds in sorted(by_seed.items(), key=lambda item: item[0] not in ALONE):
         merits = [merit(losses, own) for losses, own in zip(seeds, alone, strict=False)]
         out[name] = {
             "learning_rate": rates[name],
@@ -93,10 +93,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = ("blue", "orange", "green", "purple", "olive", "gray", "cyan")
+    colours = ("blue", "cyan", "orange", "green", "purple", "olive", "gray", "pink", "brown")
     axes.set_prop_cycle(color=[f"tab:{colour}" for colour in colours])
     for name, row in found.items():
-        bold = name in ("anyrank", "LoRA of each rank")
+        bold = name == "anyrank" or name in ALONE
         means, errors = ([row[key][rank] for rank in RANKS] for key in ("mean", "sd"))
         axes.errorbar(
             RANKS, means, errors, marker="o", capsize=2, label=name,
@@ -118,13 +118,15 @@ def main() -> None:
     add_options(parser, Path("runs/quality"))
     parser.add_argument("--methods", nargs="+", default=list(PLANS), help="'lora' is all of LoRA's")
     chosen = parser.parse_args()
+    each = [*EACH, *SMALL]
     if "lora" in chosen.methods:
-        chosen.methods += LORA
+        chosen.methods += each
     rates, by_seed = measure(chosen, PLANS)
-    if not set(LORA) <= by_seed.keys():
+    if not set(each) <= by_seed.keys():
         print(json.dumps({name: [rates[name], by_seed[name]] for name in by_seed}, indent=1))
         return
-    join_lora(rates, by_seed)
+    for row in ALONE:
+        join(rates, by_seed, row)
     found = summary(rates, by_seed)
     folder = chosen.out / f"{chosen.steps}-steps"
     (folder / "quality.json").write_text(json.dumps(found, indent=1))

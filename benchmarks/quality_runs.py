@@ -20,7 +20,7 @@ from pathlib import Path
 
 from quality_cut import write_cut
 
-ROWS = 8  # of a step
+ROWS = 8  # of a step, unless a plan says otherwise
 Losses = dict[int, float]
 
 
@@ -31,7 +31,8 @@ class Plan:
     Attributes:
         options: of `anyrank train`.
         rates: learning rates to choose from.
-        compute: steps, to those of LoRA.
+        compute: rows of all steps, to those of LoRA.
+        rows: of a step.
         parts: micro-batches of a step.
         cut: how the ranks are cut from an adapter that was trained at one; "": they were trained.
         from_: the method whose runs are cut.
@@ -43,6 +44,7 @@ class Plan:
     options: str = ""
     rates: tuple[str, ...] = ("1e-3", "3e-3", "1e-2")
     compute: float = 1.0
+    rows: int = ROWS
     parts: int = 1
     cut: str = ""
     from_: str = ""
@@ -106,12 +108,13 @@ class Bench:
 
     def train(self, run: Run, folder: Path) -> None:
         plan, chosen = self.plans[run.method], self.chosen
-        rows = 3 if plan.parts == 3 else ROWS // plan.parts
+        steps = int(chosen.steps * ROWS / plan.rows * plan.compute)
         words = (
             "--model_name_or_path", self.base(plan), "--dataset", chosen.data / "train.jsonl",
             "--prompt_column", "question", "--completion_column", "answer", *plan.options.split(),
-            "--max_steps", int(chosen.steps * plan.compute), "--learning_rate", run.rate,
-            "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", plan.parts,
+            "--max_steps", steps, "--learning_rate", run.rate,
+            "--per_device_train_batch_size", plan.rows // plan.parts,
+            "--gradient_accumulation_steps", plan.parts,
             "--train_sampling_strategy", "group_by_length", "--warmup_steps", 0,
             "--max_length", 512, "--save_strategy", "no", "--seed", run.seed,
             "--output_dir", folder,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,19 +43,40 @@ def test_the_best_rate_is_that_of_the_lowest_mean_and_never_one_that_diverged(qu
     assert runs.best_rate(found, "m", "", 1) == "2"
 
 
-def test_lora_of_each_rank_becomes_one_row(quality):
-    rates = dict.fromkeys(quality.LORA, "1e-2") | {"other": "1"}
-    by_seed = {
-        name: [{rank: float(rank)}, {rank: rank + 1.0}]
-        for name, rank in zip(quality.LORA, quality.RANKS, strict=True)
-    } | {"other": [{rank: rank + 0.5 for rank in quality.RANKS}] * 2}
-    quality.join_lora(rates, by_seed)
-    assert set(by_seed) == {"other", "LoRA of each rank"}
+def test_runs_of_each_rank_become_one_row_and_the_last_of_them_is_the_measure(quality):
+    by_seed = {"other": [{rank: rank + 0.5 for rank in quality.RANKS}] * 2}
+    for more, names in zip((9.0, 0.0), quality.ALONE.values(), strict=True):
+        for name, rank in zip(names, quality.RANKS, strict=True):
+            by_seed[name] = [{rank: rank + more}, {rank: rank + more + 1.0}]
+    rates = dict.fromkeys(by_seed, "1e-2")
+    for row in quality.ALONE:
+        quality.join(rates, by_seed, row)
+    assert set(by_seed) == set(rates) == {"other", *quality.ALONE}
     found = quality.summary(rates, by_seed)
-    assert list(found) == ["LoRA of each rank", "other"]
-    assert found["LoRA of each rank"]["mean"][8] == 8.5
+    assert list(found) == [*quality.ALONE, "other"]
+    first, last = quality.ALONE
+    assert found[last]["mean"][8] == 8.5
+    assert found[last]["merit"] == 0
+    assert found[first]["merit"] == pytest.approx(9.0)
     assert found["other"]["merit"] == pytest.approx(0.0)
     assert found["other"]["merit_sd"] == pytest.approx(0.5**0.5)
+
+
+def test_every_plan_sees_as_many_rows(quality, runs, monkeypatch, tmp_path):
+    taken = {}
+
+    def anyrank(self, *words):
+        options = dict(pairwise(words))
+        batch = options["--per_device_train_batch_size"] * options["--gradient_accumulation_steps"]
+        taken[options["--output_dir"]] = batch * options["--max_steps"]
+
+    monkeypatch.setattr(runs.Bench, "anyrank", anyrank)
+    chosen = argparse.Namespace(out=tmp_path, steps=250, model="m", data=tmp_path, limit=1, jobs=1)
+    bench = runs.Bench(chosen, quality.PLANS)
+    for name, plan in quality.PLANS.items():
+        if not (plan.cut or plan.layer):
+            bench.train(runs.Run(name, "1", 1), name)
+            assert taken[name] == pytest.approx(2000 * plan.compute, abs=plan.rows)
 
 
 def test_a_cut_keeps_the_product_and_orders_its_rows(runs, tmp_path):

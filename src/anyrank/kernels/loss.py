@@ -4,8 +4,8 @@
     dz   = (softmax(z) - onehot(label)) / count                         z: [tokens, vocabulary]
 
 Transformers casts all logits to float32, keeps their logarithms of probability as well, and makes
-the gradient in float32: at 8,192 words 12 bytes more per logit. Here pieces of rows are cast, which
-a cache holds. Same arguments as Transformers' loss for causal language models.
+the gradient in float32: at 8,192 words 12 bytes more per logit. Here pieces of CHUNK logits are
+cast at a time. Same arguments as Transformers' loss for causal language models.
 """
 
 from __future__ import annotations

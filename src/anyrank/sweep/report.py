@@ -29,7 +29,7 @@ def table(found: dict[str, Any]) -> Any:
 
     with_loss, with_answers = "loss" in found["base"], "exact_match" in found["base"]
     title = f"{found['rows']} rows, {found['tokens']:,} completion tokens" if with_loss else None
-    out = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))  # of 80 columns
+    out = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))  # fits 80 columns
     names = ["nats per\ntoken", "above the best", "perplexity"] if with_loss else []
     names += ["exact\nmatch"] if with_answers else []
     for name in ("rank", *names, *task_headers(found), "parameters", "LoRA\nfile"):
