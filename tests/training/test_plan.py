@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import IDS, adapted, layers, llama
+from tiny import IDS, adapted, config, fill, layers, llama
+from transformers.optimization import Adafactor
 
 import anyrank
 from anyrank.errors import ConfigError
+from anyrank.training.plan import OWN_RATE
 
 LR = 0.01
 
@@ -146,6 +148,76 @@ def test_a_step_of_a_micro_batch_goes_as_far_as_the_root_of_its_share(parts, tog
     optimizer.step()
     assert torch.allclose(b, before - speed * LR * gradient, atol=1e-7, rtol=1e-6)
     assert gradient.any()
+
+
+def test_what_is_trained_beside_the_adapter_goes_at_the_rate_of_a_part():
+    model = adapted(llama(), method="anyrank", r=8, modules_to_save=["lm_head"])
+    head = model.get_output_embeddings().modules_to_save["default"].weight
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+    plan.parts = 4
+    for number in (6, 7):
+        draw = plan.begin(number)
+        for i, rank in enumerate(draw.ranks):
+            plan.use(i)
+            model(IDS, labels=IDS).loss.backward()
+            before, gradient = head.detach().clone(), head.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            speed = draw.speeds[8] if rank == 8 and number == 7 else 0.5
+            assert torch.allclose(head, before - speed * LR * gradient, atol=1e-7, rtol=1e-6)
+            assert gradient.any()
+            assert [group["lr"] for group in optimizer.param_groups] == [LR]
+            assert OWN_RATE not in optimizer.param_groups[0]
+
+
+def test_two_adapters_do_not_slow_each_other_down():
+    model = adapted(llama(), method="anyrank", r=8)
+    model.add_adapter("other", config("anyrank", 4))
+    fill(model)
+    model.base_model.set_adapter(["default", "other"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+    plans = [
+        anyrank.RankPlan(model, optimizer, total=10, seed=0, adapter_name=name)
+        for name in ("default", "other")
+    ]
+    for number in (0, 7):
+        for plan in plans:
+            plan.parts = 4
+            plan.begin(number)
+        for i in range(6):
+            ranks = [plan.use(i) for plan in plans]
+            model(IDS, labels=IDS).loss.backward()
+            b = [layers(model)[0].anyrank_B[plan.name] for plan in plans]
+            before, gradients = [x.detach().clone() for x in b], [x.grad.clone() for x in b]
+            optimizer.step()
+            optimizer.zero_grad()
+            for plan, rank, x, old, g in zip(plans, ranks, b, before, gradients, strict=True):
+                speed = plan._draw.speeds.get(rank, 0.5)
+                wanted = old[:, :rank] - speed * LR * g[:, :rank]
+                assert torch.allclose(x[:, :rank], wanted, atol=1e-7, rtol=1e-6)
+                assert torch.equal(x[:, rank:], old[:, rank:])
+            assert [group["lr"] for group in optimizer.param_groups] == [LR]
+
+
+def test_an_optimizer_that_finds_its_rate_itself_is_moved_by_the_speed():
+    found = []
+    for parts in (1, 4):
+        model = adapted(llama(), method="anyrank", r=8)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = Adafactor(trained, lr=None, relative_step=True, scale_parameter=False)
+        plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
+        plan.parts = parts
+        plan.begin(0)
+        plan.use(0)
+        model(IDS, labels=IDS).loss.backward()
+        before = rows_of(model)[0]
+        optimizer.step()
+        found.append(rows_of(model)[0] - before)
+        assert optimizer.param_groups[0]["lr"] is None
+    whole, part = found
+    assert whole.any()
+    assert torch.allclose(part, whole / 2, atol=1e-6)
 
 
 def test_ranks_that_share_a_step_move_at_the_usual_speed():

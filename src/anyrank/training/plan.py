@@ -27,6 +27,8 @@ from ..errors import ConfigError
 from ..schedule import Draw, Schedule
 from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
 
+OWN_RATE = "anyrank_own_rate"  # of a group, during a step: its learning rate, and the share of it
+
 
 class RankPlan:
     """The ranks of one adapter over a training run, for a loop written by hand.
@@ -122,10 +124,14 @@ class RankPlan:
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
         shared = bool(self._trained) and not self.apart  # a step has one speed
-        usual = self.parts**-0.5 if self.apart else 1.0
-        self._speed = 1.0 if shared else self._draw.speeds.get(rank, usual)
+        self._speed = 1.0 if shared else self._draw.speeds.get(rank, self._usual)
         self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
+
+    @property
+    def _usual(self) -> float:
+        """The speed where the schedule names none: an optimizer's own, or that of a part."""
+        return self.parts**-0.5 if self.apart else 1.0
 
     @property
     def apart(self) -> bool:
@@ -157,15 +163,32 @@ class RankPlan:
 
     def _keep(self) -> None:
         start, stop = self._trained.start, self._trained.stop
+        rate = self._set_rate()
         self._kept = []
         for layer in self.layers:
             for tensor, by_column, is_weight in self._moved(layer):
                 matrix = tensor.T if by_column else tensor
                 outside = [(matrix[:start], 0.0), (matrix[stop:], 0.0)]
-                faster = [(matrix[start:stop], self._speed)] if self._speed != 1 else []
+                faster = [(matrix[start:stop], self._speed / rate)] if self._speed != rate else []
                 for part, speed in outside + faster * is_weight:
                     if part.numel():
                         self._kept.append((part, part.clone(), speed))
+
+    def _set_rate(self) -> float:
+        """The share of its learning rate at which the optimizer takes this step, set in its groups.
+
+        It is that of the rows where all are trained: only some need to be copied and moved on by
+        another speed. A plan of another adapter may have set it before.
+        """
+        groups = self.optimizer.param_groups
+        every = len(self._trained) == self.schedule.rows
+        rate = self._speed if every else self._usual
+        if any(group["lr"] is None for group in groups):  # Adafactor may find its own
+            return 1.0
+        for group in groups:
+            if OWN_RATE not in group:
+                group[OWN_RATE], group["lr"] = (group["lr"], rate), group["lr"] * rate
+        return groups[0][OWN_RATE][1]
 
     def _moved(self, layer: AnyRankLinear) -> Iterator[tuple[Tensor, bool, bool]]:
         """What a step changes in A and B; whether its rows are columns; whether it is no moment."""
@@ -187,6 +210,9 @@ class RankPlan:
         for part, before, speed in self._kept:
             part.copy_(before.lerp(part, speed) if speed else before)
         self._kept = []
+        for group in self.optimizer.param_groups:
+            if OWN_RATE in group:
+                group["lr"], _ = group.pop(OWN_RATE)
         self.release()
 
 
