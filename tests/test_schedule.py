@@ -122,6 +122,7 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
         (64, 1, 4, 64, 1, 2),
     ]
     assert [draw.order for draw in found] == [False] * 7 + [True, False, False]
+    assert [draw.tail for draw in found] == [0] * 9 + [4]
     assert all(draw.apart for draw in found)
     speeds = found[7].speeds
     assert [speeds[rank] for rank in (1, 2, 4)] == [8.0, 32**0.5, 4.0]
@@ -130,18 +131,19 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("options", "turns"),
+    ("options", "turns", "tail"),
     [
-        ({"rows": 3}, (1, 2, 3)),
-        ({"rows": 2}, (1, 2)),
-        ({"rows": 1}, (1,)),
-        ({"rows": 16, "unit": 4}, (4, 8, 16)),
-        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 32, 2, 16, 32)),
+        ({"rows": 3}, (1, 2, 3), 2),
+        ({"rows": 2}, (1, 2), 1),
+        ({"rows": 1}, (1,), 0),
+        ({"rows": 16, "unit": 4}, (4, 8, 16), 8),
+        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 32, 2, 16, 32), 16),
     ],
 )
-def test_settle_takes_the_lowest_ranks_that_there_are(options, turns):
+def test_settle_takes_the_lowest_ranks_that_there_are(options, turns, tail):
     schedule = Schedule(kind="settle", **options)
     assert schedule(70, 100, 0).ranks == turns
+    assert [schedule(step, 100, 0).tail for step in (70, 98, 99)] == [0, 0, tail]
     assert schedule.parts == 4
 
 

@@ -8,7 +8,8 @@ resume. A schedule is data:
     full       always the largest                                             LoRA
     settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
                the order of their SVD, the lowest ranks and the largest in turn;
-               every micro-batch is a step
+               every micro-batch is a step; at the end the other rows are put
+               in order once more
 
 `unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
 replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
@@ -38,6 +39,8 @@ class Draw:
         ranks: the prefixes, one after another over the micro-batches.
         first: the first row that is trained; rows below pass no gradient.
         order: put the rows in the order of their SVD before this step.
+        tail: after this step, put the rows from this one on in the order of what they do to its
+            inputs; 0: do not.
         apart: each micro-batch is an optimizer step of its own.
         speeds: by rank, how many times faster than at the optimizer's rate its rows move; a rank
             that is not listed moves at that rate, in a step apart at that of so small a batch.
@@ -46,6 +49,7 @@ class Draw:
     ranks: tuple[int, ...]
     first: int = 0
     order: bool = False
+    tail: int = 0
     apart: bool = False
     speeds: Mapping[int, float] = field(default_factory=dict)
 
@@ -144,7 +148,8 @@ class Schedule:
         Steps are small throughout: updates are what an adapter is short of (docs/log.md). At one
         learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k) times as
         far per step as at alpha/r: that is the speed of rank k here. The largest rank is there to
-        stay what it is while the first rows move, and its last rows are small: slowly.
+        stay what it is while the first rows move, and its last rows are small: slowly. Adam moves
+        those by as much as the large ones, so they end out of order.
         """
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
@@ -153,7 +158,8 @@ class Schedule:
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
         speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}
         ranks = turns[shift:] + turns[:shift]
-        return Draw(ranks, order=step == start, apart=True, speeds=speeds)
+        tail = max((k for k in turns if k < self.rows), default=0) if step == total - 1 else 0
+        return Draw(ranks, order=step == start, tail=tail, apart=True, speeds=speeds)
 
     @property
     def _turns(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anyrank.algebra import svd_order
+from anyrank.algebra.rotation import ISOTROPIC
 
 
 def factors(
@@ -52,3 +53,31 @@ def test_the_dtype_stays_and_the_product_up_to_one_rounding(dtype):
     assert (a_new.dtype, b_new.dtype) == (dtype, dtype)
     wanted, found = b.double() @ a.double(), b_new.double() @ a_new.double()
     assert (found - wanted).norm() / wanted.norm() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("r", "d_in", "d_out"), [(5, 17, 23), (8, 64, 9), (12, 7, 31)])
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_every_prefix_is_the_best_of_its_rank_on_the_inputs_that_were_seen(r, d_in, d_out, tokens):
+    a, b = factors(r, d_in, d_out)
+    x = torch.randn(tokens, d_in, dtype=torch.float64) * torch.logspace(-2, 1, d_in)
+    z = x @ a.T
+    a_new, b_new = svd_order(a, b, z.T @ z)
+    product = b @ a
+    assert torch.allclose(b_new @ a_new, product, atol=1e-11, rtol=0)
+    # A weighted problem is a plain one on these inputs: the unit vectors and the rows seen.
+    weight = a.square().sum() / (ISOTROPIC * z.square().sum())
+    inputs = torch.cat((torch.eye(d_in, dtype=torch.float64), weight.sqrt() * x)).T
+    sigma = torch.linalg.svdvals(product @ inputs)
+    for k in range(1, min(r, d_in, d_out)):
+        left_out = (product - b_new[:, :k] @ a_new[:k]) @ inputs
+        assert torch.allclose(left_out.square().sum(), sigma[k:].square().sum(), rtol=1e-9)
+    assert torch.allclose(a_new.norm(dim=1), b_new.norm(dim=0))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_inputs_that_say_nothing_count_alike(value):
+    a, b = factors(6, 20, 30)
+    for wanted, found in zip(
+        svd_order(a, b), svd_order(a, b, torch.full((6, 6), value)), strict=True
+    ):
+        assert torch.equal(wanted, found)

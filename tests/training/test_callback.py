@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
@@ -138,6 +139,31 @@ def test_low_ranks_settle_in_optimizer_steps_of_their_own(tmp_path):
     assert max(norms) < 0.1001
 
 
+def test_the_adapter_is_finished_before_it_is_evaluated_and_saved_at_the_last_step(tmp_path):
+    config = anyrank.AnyRankConfig(r=8)
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps"}
+    sft, seen = trainer(tmp_path, qwen3(), config, save_steps=4, **options), []
+
+    def layer_rows() -> torch.Tensor:
+        return layers(sft.model)[0].anyrank_A["default"].detach().clone()
+
+    class AfterStep(TrainerCallback):
+        def on_optimizer_step(self, *_, **__):
+            seen.append(layer_rows())
+
+        def on_evaluate(self, *_, **__):
+            seen.append(layer_rows())
+
+    sft.add_callback(AfterStep())
+    sft.train()
+    *_, last_step, evaluated = seen
+    assert torch.equal(last_step[:4], evaluated[:4])
+    assert not torch.allclose(last_step[4:], evaluated[4:], atol=1e-3)
+    saved = PeftModel.from_pretrained(qwen3(), tmp_path / "out/checkpoint-4")
+    assert torch.equal(layers(saved)[0].anyrank_A["default"], evaluated)
+    assert torch.equal(layer_rows(), evaluated)
+
+
 @pytest.mark.parametrize("option", ["fp16", "fsdp"])
 def test_steps_of_their_own_are_left_out_where_only_the_trainer_can_step(option):
     model = get_peft_model(qwen3(), anyrank.AnyRankConfig(r=8))
@@ -245,9 +271,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from torch import nn
 
+import anyrank
 from anyrank.training.callback import RankCallback
+from anyrank.training.watch import Watch
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
@@ -258,6 +287,14 @@ model(torch.full((1, 3), rank + 1.0)).sum().backward()  # gradients of 1 and of 
 RankCallback()._step(SimpleNamespace(max_grad_norm=0.0), model, optimizer)
 assert torch.equal(model.weight, torch.full((1, 3), -1.5)), model.weight
 assert model.weight.grad is None
+
+holder = nn.Sequential(nn.Linear(3, 2))
+config = anyrank.AnyRankConfig(r=2, target_modules=["0"])
+layer = get_peft_model(holder, config).base_model.model[0]
+layer.anyrank_A["default"].data = torch.eye(2, 3)
+watch = Watch(layer, "default")
+layer(torch.full((1, 3), rank + 1.0))  # second moments of 1 and of 4
+assert torch.equal(watch.stop(), torch.full((2, 2), 5.0))
 """
 
 

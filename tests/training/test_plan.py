@@ -8,8 +8,10 @@ from tiny import IDS, adapted, config, fill, layers, llama
 from transformers.optimization import Adafactor
 
 import anyrank
+from anyrank.algebra import pool, svd_order
 from anyrank.errors import ConfigError
 from anyrank.training.plan import OWN_RATE
+from anyrank.training.watch import Watch
 
 LR = 0.01
 
@@ -109,6 +111,68 @@ def test_settling_orders_the_rows_drops_their_moments_and_changes_no_logit():
     assert (found - wanted).abs().max() < 1e-5
     norms = layers(model)[0].anyrank_B["default"].norm(dim=0)
     assert (norms.diff() < 0).all()
+
+
+def test_after_the_last_step_the_other_rows_are_put_in_the_order_of_its_inputs():
+    model, optimizer, plan = settling()
+    step(model, plan, optimizer, 7)
+    step(model, plan, optimizer, 8)
+    plan.finish()
+    layer, seen = layers(model)[0], []
+    a, b = layer.anyrank_A["default"], layer.anyrank_B["default"]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0] @ a.detach().T))
+    step(model, plan, optimizer, 9)
+    old = a.detach().clone(), b.detach().clone()
+    with model.set_rank(4):
+        four = model(IDS).logits
+    whole = model(IDS).logits
+    hook.remove()
+    plan.finish()
+    assert not layer._forward_pre_hooks
+    assert a not in optimizer.state
+    z = torch.cat(seen).flatten(0, -2)
+    wanted = svd_order(old[0][4:], old[1][:, 4:], (z.T @ z)[4:, 4:])
+    for found, kept, tail in zip(
+        (a, b.T), (old[0], old[1].T), (wanted[0], wanted[1].T), strict=True
+    ):
+        assert torch.equal(found[:4], kept[:4])
+        assert torch.allclose(found[4:], tail, atol=1e-5)
+        assert not torch.allclose(found[4:], kept[4:], atol=1e-3)
+    assert (model(IDS).logits - whole).abs().max() < 1e-5
+    with model.set_rank(4):
+        assert torch.equal(model(IDS).logits, four)
+    finished = rows_of(model)
+    plan.close()
+    assert all(map(torch.equal, finished, rows_of(model)))
+
+
+def test_a_plan_that_is_closed_after_its_last_step_finishes_and_before_it_does_not():
+    for steps, ordered in ((9, False), (10, True)):
+        model, optimizer, plan = settling()
+        for number in range(7, steps):
+            step(model, plan, optimizer, number)
+        before = rows_of(model)
+        plan.close()
+        assert all(map(torch.equal, before, rows_of(model))) != ordered
+        assert not any(layer._forward_pre_hooks for layer in layers(model))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_second_moments_of_pooled_inputs_in_any_dtype(autocast):
+    model = adapted(llama(torch.bfloat16), method="qbara", r=4)
+    layer = layers(model)[0]
+    watch = Watch(layer, "default")
+    assert watch.stop() is None
+    watch, x = Watch(layer, "default"), torch.randn(3, 5, 64).bfloat16()
+    layer.set_rank("default", 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(x[:2])
+        layer(x[2:])
+    moments = watch.stop()
+    layer(x)  # nobody watches
+    z = pool(x.double(), 2).flatten(0, 1) @ layer.anyrank_A["default"].detach().double().T
+    assert moments.dtype == torch.float32
+    assert torch.allclose(moments.double(), z.T @ z, rtol=0.02, atol=0.02 * float(z.square().max()))
 
 
 def test_each_rank_moves_its_own_rows_at_its_own_speed():

@@ -90,9 +90,10 @@ class RankCallback(TrainerCallback):
         model.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluation and saving between steps see the whole adapter."""
+        """Evaluation and saving between steps see the whole adapter, finished after the last."""
         for plan in self.plans:
             plan.release()
+            plan.finish()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model and the optimizer."""

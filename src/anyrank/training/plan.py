@@ -10,13 +10,15 @@ step that saw it, with 1 - beta1 = 0.1 of its weight, and not in the steps after
 drawn rarely would hardly learn. Moments in 8 bits are the exception: their blocks span rows, so
 they see a zero gradient.
 
-Before the lower ranks settle (schedule.py), the rows are put in the order of their SVD. The product
-of the factors stays, their moments are dropped: they belong to rows that are no more.
+Before the lower ranks settle (schedule.py), the rows are put in the order of their SVD, and those
+that no low rank has trained once more after the last step, in which the inputs are watched. The
+product of the factors stays, their moments are dropped: they belong to rows that are no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from ..algebra import svd_order
 from ..errors import ConfigError
 from ..schedule import Draw, Schedule
 from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
+from .watch import Watch
 
 OWN_RATE = "anyrank_own_rate"  # of a group, during a step: its learning rate, and the share of it
 
@@ -40,7 +43,8 @@ class RankPlan:
                 optimizer.step()  # from here to the next draw the whole rank is in use
                 optimizer.zero_grad()
 
-    With a Transformers Trainer, `RankCallback` does this.
+    What is left to do after the last step is done at the end of the `with`, or by `finish`. With a
+    Transformers Trainer, `RankCallback` does this.
 
     Args:
         model: a PEFT model with an anyrank adapter.
@@ -80,6 +84,7 @@ class RankPlan:
         self.together = False
         self.parts = 1
         self._kept: list[tuple[Tensor, Tensor, float]] = []  # rows, what they held, their speed
+        self._watching: list[Watch] = []
         self.optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
@@ -115,7 +120,9 @@ class RankPlan:
         self._draw = self.schedule(step, self.total, self.seed)
         self._trained = range(0)
         if self._draw.order:
-            self._order()
+            self._order(0)
+        if self._draw.tail and not self._watching:
+            self._watching = [Watch(layer, self.name) for layer in self.layers]
         return self._draw
 
     def use(self, micro_batch: int) -> int:
@@ -142,8 +149,15 @@ class RankPlan:
         """Back to the largest rank, all rows trainable: for evaluation and saving."""
         self._set(self.schedule.rows, 0)
 
+    def finish(self) -> None:
+        """After a last step: put the rows that it left in no order in the one of its inputs."""
+        if self._watching:
+            self._order(self._draw.tail, [watch.stop() for watch in self._watching])
+            self._watching = []
+
     def close(self) -> None:
-        """Release, and take the hooks off the optimizer."""
+        """Finish, release, and take the hooks off the optimizer."""
+        self.finish()
         self.release()
         for hook in self._hooks:
             hook.remove()
@@ -153,12 +167,15 @@ class RankPlan:
             layer.set_rank(self.name, rank, first)
 
     @torch.no_grad()
-    def _order(self) -> None:
-        """Put the rows of every layer in the order of their SVD, and forget their moments."""
-        for layer in self.layers:
+    def _order(self, first: int, moments: Sequence[Tensor | None] = ()) -> None:
+        """Put the rows of every layer from `first` on in order, and forget their moments."""
+        for layer, seen in zip_longest(self.layers, moments):
             a, b = layer.anyrank_A[self.name], layer.anyrank_B[self.name]
-            for parameter, ordered in zip((a, b), svd_order(a, b), strict=True):
-                parameter.copy_(ordered)
+            rows = a[first:], b[:, first:]
+            inputs = None if seen is None else seen[first:, first:]
+            for part, ordered in zip(rows, svd_order(*rows, inputs), strict=True):
+                part.copy_(ordered)
+            for parameter in (a, b):
                 self.optimizer.state.pop(parameter, None)
 
     def _keep(self) -> None:
