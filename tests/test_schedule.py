@@ -115,14 +115,13 @@ def test_a_schedule_that_makes_no_sense_is_refused(options, kind, text):
 def test_settle_trains_the_largest_rank_and_then_all_in_turn():
     schedule = Schedule(64, kind="settle")
     found = draws(schedule, 10)
-    assert found[:7] == [Draw((64,), apart=True)] * 7
+    assert found[:7] == [Draw((64,), apart=True)] * 6 + [Draw((64,), order=0, apart=True)]
     assert [draw.ranks for draw in found[7:]] == [
         (1, 2, 64, 1, 4, 64),
         (2, 64, 1, 4, 64, 1),
         (64, 1, 4, 64, 1, 2),
     ]
-    assert [draw.order for draw in found] == [False] * 7 + [True, False, False]
-    assert [draw.tail for draw in found] == [0] * 9 + [4]
+    assert [draw.order for draw in found[7:]] == [None, None, 4]
     assert all(draw.apart for draw in found)
     speeds = found[7].speeds
     assert [speeds[rank] for rank in (1, 2, 4)] == [8.0, 32**0.5, 4.0]
@@ -131,19 +130,19 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("options", "turns", "tail"),
+    ("options", "turns", "order"),
     [
         ({"rows": 3}, (1, 2, 3), 2),
         ({"rows": 2}, (1, 2), 1),
-        ({"rows": 1}, (1,), 0),
+        ({"rows": 1}, (1,), None),
         ({"rows": 16, "unit": 4}, (4, 8, 16), 8),
         ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 32, 2, 16, 32), 16),
     ],
 )
-def test_settle_takes_the_lowest_ranks_that_there_are(options, turns, tail):
+def test_settle_takes_the_lowest_ranks_that_there_are_and_orders_the_others(options, turns, order):
     schedule = Schedule(kind="settle", **options)
     assert schedule(70, 100, 0).ranks == turns
-    assert [schedule(step, 100, 0).tail for step in (70, 98, 99)] == [0, 0, tail]
+    assert [schedule(step, 100, 0).order for step in (69, 70, 98, 99)] == [0, None, None, order]
     assert schedule.parts == 4
 
 
@@ -155,5 +154,5 @@ def test_settle_gives_every_turn_the_same_share_however_many_a_step_takes(micro_
 
 
 def test_settle_never_orders_an_adapter_that_was_not_trained():
-    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 1)] == [False]
-    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 2)] == [False, True]
+    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 1)] == [0]
+    assert [draw.order for draw in draws(Schedule(8, kind="settle"), 2)] == [0, 4]

@@ -7,9 +7,8 @@ resume. A schedule is data:
     sandwich   the largest, the smallest and a random one                     US-Nets
     full       always the largest                                             LoRA
     settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
-               the order of their SVD, the lowest ranks and the largest in turn;
-               every micro-batch is a step; at the end the other rows are put
-               in order once more
+               order, the lowest ranks and the largest in turn; at the end the
+               other rows are put in order again; every micro-batch is a step
 
 `unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
 replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
@@ -38,9 +37,8 @@ class Draw:
     Attributes:
         ranks: the prefixes, one after another over the micro-batches.
         first: the first row that is trained; rows below pass no gradient.
-        order: put the rows in the order of their SVD before this step.
-        tail: after this step, put the rows from this one on in the order of what they do to its
-            inputs; 0: do not.
+        order: after this step, put the rows from this one on in the order of what they do to its
+            inputs; None: leave them as they are.
         apart: each micro-batch is an optimizer step of its own.
         speeds: by rank, how many times faster than at the optimizer's rate its rows move; a rank
             that is not listed moves at that rate, in a step apart at that of so small a batch.
@@ -48,8 +46,7 @@ class Draw:
 
     ranks: tuple[int, ...]
     first: int = 0
-    order: bool = False
-    tail: int = 0
+    order: int | None = None
     apart: bool = False
     speeds: Mapping[int, float] = field(default_factory=dict)
 
@@ -153,13 +150,14 @@ class Schedule:
         """
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
-            return Draw((self.rows,), apart=True)
+            return Draw((self.rows,), order=0 if step == start - 1 else None, apart=True)
         turns = self._turns
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
         speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}
         ranks = turns[shift:] + turns[:shift]
-        tail = max((k for k in turns if k < self.rows), default=0) if step == total - 1 else 0
-        return Draw(ranks, order=step == start, tail=tail, apart=True, speeds=speeds)
+        lower = [rank for rank in turns if rank < self.rows]
+        order = max(lower) if lower and step == total - 1 else None
+        return Draw(ranks, order=order, apart=True, speeds=speeds)
 
     @property
     def _turns(self) -> tuple[int, ...]:

@@ -212,7 +212,7 @@ def _smallest_draw(plan: RankPlan) -> int:
 
     def size(step: int) -> tuple[bool, int]:
         draw = plan.schedule(step, DRAWS, plan.seed)
-        return draw.order or draw.tail > 0, min(draw.ranks) if draw.apart else len(draw.trained)
+        return draw.order is not None, min(draw.ranks) if draw.apart else len(draw.trained)
 
     return min(range(DRAWS), key=size)
 

@@ -90,7 +90,7 @@ class RankCallback(TrainerCallback):
         model.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluation and saving between steps see the whole adapter, finished after the last."""
+        """Evaluation and saving between steps see the whole adapter, its rows in order."""
         for plan in self.plans:
             plan.release()
             plan.finish()

@@ -10,15 +10,14 @@ step that saw it, with 1 - beta1 = 0.1 of its weight, and not in the steps after
 drawn rarely would hardly learn. Moments in 8 bits are the exception: their blocks span rows, so
 they see a zero gradient.
 
-Before the lower ranks settle (schedule.py), the rows are put in the order of their SVD, and those
-that no low rank has trained once more after the last step, in which the inputs are watched. The
+Before the lower ranks settle (schedule.py), the rows are put in the order of what they do to the
+inputs of a step, and at the end of the run those that no low rank has trained once more. The
 product of the factors stays, their moments are dropped: they belong to rows that are no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class RankPlan:
                 optimizer.step()  # from here to the next draw the whole rank is in use
                 optimizer.zero_grad()
 
-    What is left to do after the last step is done at the end of the `with`, or by `finish`. With a
+    Rows are put in order when the next step begins or the plan ends, or by `finish`. With a
     Transformers Trainer, `RankCallback` does this.
 
     Args:
@@ -117,11 +116,10 @@ class RankPlan:
 
     def begin(self, step: int) -> Draw:
         """Draw for optimizer step `step`, counted from 0; no rank is set yet."""
+        self.finish()
         self._draw = self.schedule(step, self.total, self.seed)
         self._trained = range(0)
-        if self._draw.order:
-            self._order(0)
-        if self._draw.tail and not self._watching:
+        if self._draw.order is not None:
             self._watching = [Watch(layer, self.name) for layer in self.layers]
         return self._draw
 
@@ -150,10 +148,9 @@ class RankPlan:
         self._set(self.schedule.rows, 0)
 
     def finish(self) -> None:
-        """After a last step: put the rows that it left in no order in the one of its inputs."""
-        if self._watching:
-            self._order(self._draw.tail, [watch.stop() for watch in self._watching])
-            self._watching = []
+        """What is left to do after a step: put rows in order, if it says so."""
+        if self._draw.order is not None and self._watching:
+            self._order(self._draw.order)
 
     def close(self) -> None:
         """Finish, release, and take the hooks off the optimizer."""
@@ -167,16 +164,17 @@ class RankPlan:
             layer.set_rank(self.name, rank, first)
 
     @torch.no_grad()
-    def _order(self, first: int, moments: Sequence[Tensor | None] = ()) -> None:
+    def _order(self, first: int) -> None:
         """Put the rows of every layer from `first` on in order, and forget their moments."""
-        for layer, seen in zip_longest(self.layers, moments):
+        for layer, watch in zip(self.layers, self._watching, strict=True):
             a, b = layer.anyrank_A[self.name], layer.anyrank_B[self.name]
-            rows = a[first:], b[:, first:]
+            rows, seen = (a[first:], b[:, first:]), watch.stop()
             inputs = None if seen is None else seen[first:, first:]
             for part, ordered in zip(rows, svd_order(*rows, inputs), strict=True):
                 part.copy_(ordered)
             for parameter in (a, b):
                 self.optimizer.state.pop(parameter, None)
+        self._watching = []
 
     def _keep(self) -> None:
         start, stop = self._trained.start, self._trained.stop
