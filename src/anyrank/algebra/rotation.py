@@ -41,8 +41,9 @@ def svd_order(a: Tensor, b: Tensor, moments: Tensor | None = None) -> tuple[Tens
         the same on every process, and also where a device has no float64.
     """
     wide = a.detach().cpu().double().T
-    known = moments is not None and moments.trace() > 0  # neither zero nor NaN
-    seen = _root(moments.cpu().double(), wide) if known else wide[:0]
+    seen = wide[:0]
+    if moments is not None and moments.trace() > 0:  # neither zero nor NaN
+        seen = _root(moments.cpu().double(), wide)
     q_a, r_a = torch.linalg.qr(torch.cat((wide, seen)))
     q_b, r_b = torch.linalg.qr(b.detach().cpu().double())
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
