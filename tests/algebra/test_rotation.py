@@ -74,7 +74,7 @@ def test_every_prefix_is_the_best_of_its_rank_on_the_inputs_that_were_seen(r, d_
     assert torch.allclose(a_new.norm(dim=1), b_new.norm(dim=0))
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_inputs_that_say_nothing_count_alike(value):
     a, b = factors(6, 20, 30)
     for wanted, found in zip(

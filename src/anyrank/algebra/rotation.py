@@ -37,12 +37,12 @@ def svd_order(a: Tensor, b: Tensor, moments: Tensor | None = None) -> tuple[Tens
         moments: M [r, r], up to a factor; None, zero or not finite: all inputs count alike.
 
     Returns:
-        A' and B' in the shapes and dtypes of A and B, computed in float64 on the CPU: once per run,
-        the same on every process, and also where a device has no float64.
+        A' and B' in the shapes and dtypes of A and B, computed in float64 on the CPU: twice per
+        run, the same on every process, and also where a device has no float64.
     """
     wide = a.detach().cpu().double().T
     seen = wide[:0]
-    if moments is not None and moments.trace() > 0:  # neither zero nor NaN
+    if moments is not None and moments.isfinite().all() and moments.trace() > 0:
         seen = _root(moments.cpu().double(), wide)
     q_a, r_a = torch.linalg.qr(torch.cat((wide, seen)))
     q_b, r_b = torch.linalg.qr(b.detach().cpu().double())

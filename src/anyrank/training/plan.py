@@ -168,9 +168,8 @@ class RankPlan:
         """Put the rows of every layer from `first` on in order, and forget their moments."""
         for layer, watch in zip(self.layers, self._watching, strict=True):
             a, b = layer.anyrank_A[self.name], layer.anyrank_B[self.name]
-            rows, seen = (a[first:], b[:, first:]), watch.stop()
-            inputs = None if seen is None else seen[first:, first:]
-            for part, ordered in zip(rows, svd_order(*rows, inputs), strict=True):
+            rows, seen = (a[first:], b[:, first:]), watch.stop()[first:, first:]
+            for part, ordered in zip(rows, svd_order(*rows, seen), strict=True):
                 part.copy_(ordered)
             for parameter in (a, b):
                 self.optimizer.state.pop(parameter, None)

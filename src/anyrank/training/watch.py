@@ -22,7 +22,8 @@ class Watch:
 
     def __init__(self, layer: AnyRankLinear, name: str) -> None:
         self.layer, self.name = layer, name
-        self.moments: Tensor | None = None
+        a = layer.anyrank_A[name]
+        self.moments = torch.zeros(len(a), len(a), device=a.device)
         self._hook = layer.register_forward_pre_hook(self._see)
 
     @torch.no_grad()
@@ -31,11 +32,11 @@ class Watch:
         a = self.layer.anyrank_A[self.name]
         with torch.autocast(x.device.type, enabled=False):
             z = (x.flatten(0, -2) @ a.to(x.dtype).T).float()
-            self.moments = z.T @ z if self.moments is None else self.moments.addmm_(z.T, z)
+            self.moments.addmm_(z.T, z)
 
-    def stop(self) -> Tensor | None:
-        """The second moments [rows, rows] that all processes saw; None: there was no input."""
+    def stop(self) -> Tensor:
+        """The second moments [rows, rows] that all processes saw: zero without an input."""
         self._hook.remove()
-        if self.moments is not None and dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.moments)
         return self.moments
