@@ -94,7 +94,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = ("blue", "cyan", "orange", "green", "purple", "olive", "gray", "pink", "brown")
-    axes.set_prop_cycle(color=[f"tab:{colour}" for colour in colours])
+    axes.set_prop_cycle(color=[*(f"tab:{colour}" for colour in colours), "black"])
     for name, row in found.items():
         bold = name == "anyrank" or name in ALONE
         means, errors = ([row[key][rank] for rank in RANKS] for key in ("mean", "sd"))
