@@ -153,6 +153,19 @@ def test_after_the_last_step_the_other_rows_are_put_in_the_order_of_its_inputs()
     assert all(map(torch.equal, finished, rows_of(model)))
 
 
+def test_rows_that_diverged_stay_as_they_are_and_are_named(caplog):
+    model, _, plan = settling()
+    first, second = (layer.anyrank_B["default"] for layer in layers(model)[:2])
+    before = second.detach().clone()
+    with torch.no_grad():
+        first[0, 5] = torch.nan
+    kept = first.detach().clone()
+    plan.begin(7)
+    assert torch.equal(first.detach().nan_to_num(9), kept.nan_to_num(9))
+    assert not torch.equal(second, before)
+    assert f"NaN or infinity in 1 of its {len(layers(model))} layers" in caplog.text
+
+
 def test_a_plan_that_is_closed_after_its_last_step_finishes_and_before_it_does_not():
     for steps, ordered in ((9, False), (10, True)):
         model, optimizer, plan = settling()

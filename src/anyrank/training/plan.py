@@ -17,6 +17,7 @@ product of the factors stays, their moments are dropped: they belong to rows tha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..schedule import Draw, Schedule
 from ..tuner import AnyRankConfig, AnyRankLinear, adapter_layers
 from .watch import Watch
 
+logger = logging.getLogger("anyrank")
 OWN_RATE = "anyrank_own_rate"  # of a group, during a step: its learning rate, and the share of it
 
 
@@ -166,14 +168,24 @@ class RankPlan:
     @torch.no_grad()
     def _order(self, first: int) -> None:
         """Put the rows of every layer from `first` on in order, and forget their moments."""
+        diverged = 0
         for layer, watch in zip(self.layers, self._watching, strict=True):
             a, b = layer.anyrank_A[self.name], layer.anyrank_B[self.name]
             rows, seen = (a[first:], b[:, first:]), watch.stop()[first:, first:]
+            if not all(part.isfinite().all() for part in rows):
+                diverged += 1
+                continue
             for part, ordered in zip(rows, svd_order(*rows, seen), strict=True):
                 part.copy_(ordered)
             for parameter in (a, b):
                 self.optimizer.state.pop(parameter, None)
         self._watching = []
+        if diverged:
+            logger.warning(
+                "adapter %r: NaN or infinity in %d of its %d layers, whose rows stay as they are; "
+                "training diverged: start again at a lower learning rate",
+                *(self.name, diverged, len(self.layers)),
+            )
 
     def _keep(self) -> None:
         start, stop = self._trained.start, self._trained.stop
