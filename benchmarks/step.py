@@ -119,6 +119,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     job = common(args) | {"shape": args.shapes[0]}
     jobs = {"qlora r 64": job | {"side": "qlora"}}
     jobs |= {f"qdylora drawn {k}": job | {"side": "qdylora", "drawn": k} for k in (64, 32, 8, 1)}
+    for name, at in (("one rank", 0), ("by turns", 500)):
+        jobs[f"anyrank in four steps, {name}"] = job | {"side": "anyrank", "at": at}
     jobs["qbara r 64 (128 rows)"] = job | {"side": "qbara"}
     jobs["lora_fa r 64"] = job | {"side": "lora_fa"}
     jobs["qalora on 4-bit codes, folded"] = job | {"side": "qalora", "affine": True, "rank": 8}

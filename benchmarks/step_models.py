@@ -22,12 +22,14 @@ class Job:
         shape: a key of SHAPES; `sizes` overrides fields of its configuration.
         rank: of the adapter, and of a draw (`drawn`) where it is lower.
         rows, tokens: of a batch.
+        at: the step of 1,000 of a schedule that makes each fourth of the rows a step; None: one.
     """
 
     side: str
     shape: str = "llama"
     rank: int = 64
     drawn: int = 0
+    at: int | None = None
     dropout: float = 0.0
     rows: int = 4
     tokens: int = 256

@@ -21,6 +21,9 @@ import torch
 from step_models import FIRST, Job, adapted_model, base_model, model_flops
 from torch import Tensor, nn
 
+from anyrank import RankPlan
+from anyrank.schedule import PARTS
+
 
 class Training:
     """Steps of one side: forward, backward, clipping and AdamW."""
@@ -32,6 +35,9 @@ class Training:
             self.model.set_rank(job.drawn)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
+        if job.at is not None:
+            self.plan = RankPlan(self.model, self.optimizer, total=1000, seed=0)
+            self.plan.parts = PARTS
         generator = torch.Generator().manual_seed(1)
         self.vocabulary = self.model.config.vocab_size
         self.next_token = torch.randperm(self.vocabulary, generator=generator)
@@ -56,6 +62,16 @@ class Training:
         return ids.to(job.device)
 
     def step(self, ids: Tensor) -> Tensor:
+        if self.job.at is None:
+            return self.update(ids)
+        self.plan.begin(self.job.at)
+        losses = []
+        for i, part in enumerate(ids.chunk(PARTS)):
+            self.plan.use(i)
+            losses.append(self.update(part))
+        return torch.stack(losses).mean()
+
+    def update(self, ids: Tensor) -> Tensor:
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -11,8 +11,10 @@ from anyrank.training.parse import parse_train
     ("options", "batch", "micro_batches"),
     [
         ("", 2, 4),  # the default method, 8 rows
-        ("--per_device_train_batch_size 12", 3, 4),
-        ("--per_device_train_batch_size 6", 6, 1),  # cannot be split evenly
+        ("--per_device_train_batch_size 32", 8, 4),
+        ("--per_device_train_batch_size 6", 2, 3),  # evenly
+        ("--per_device_train_batch_size 11", 11, 1),  # cannot be split evenly
+        ("--per_device_train_batch_size 1", 1, 1),
         ("--per_device_train_batch_size 8 --gradient_accumulation_steps 2", 8, 2),  # as asked
         ("--method qdylora", 8, 1),
         ("--method qalora --nested true --schedule settle", 2, 4),

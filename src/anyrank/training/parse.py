@@ -63,9 +63,10 @@ def split_batch(schedule: Schedule, args: TrainArguments) -> None:
 
     The rows of a step stay the same ones; each rank then has a part of them for a step of its own.
     """
-    parts = schedule.parts
-    if args.gradient_accumulation_steps == 1 and args.per_device_train_batch_size % parts == 0:
-        args.per_device_train_batch_size //= parts
+    if args.gradient_accumulation_steps == 1:
+        rows = args.per_device_train_batch_size
+        parts = max(n for n in range(1, schedule.parts + 1) if rows % n == 0)
+        args.per_device_train_batch_size = rows // parts
         args.gradient_accumulation_steps = parts
 
 

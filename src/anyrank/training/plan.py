@@ -131,7 +131,7 @@ class RankPlan:
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
         shared = bool(self._trained) and not self.apart  # a step has one speed
-        self._speed = 1.0 if shared else self._draw.speeds.get(rank, self._usual)
+        self._speed = 1.0 if shared else self._speed_of(rank)
         self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
 
@@ -139,6 +139,11 @@ class RankPlan:
     def _usual(self) -> float:
         """The speed where the schedule names none: an optimizer's own, or that of a part."""
         return self.parts**-0.5 if self.apart else 1.0
+
+    def _speed_of(self, rank: int) -> float:
+        """The schedule's for steps of a fourth of a batch or more, less for smaller ones."""
+        faster = self._draw.speeds.get(rank)
+        return self._usual if faster is None else faster * min(2 * self._usual, 1.0)
 
     @property
     def apart(self) -> bool:
@@ -203,12 +208,10 @@ class RankPlan:
     def _set_rate(self) -> float:
         """The share of its learning rate at which the optimizer takes this step, set in its groups.
 
-        It is that of the rows where all are trained: only some need to be copied and moved on by
-        another speed. A plan of another adapter may have set it before.
+        Where all rows are trained, nothing needs to be copied then; others are moved on by their
+        own speed. A plan of another adapter may have set it before.
         """
-        groups = self.optimizer.param_groups
-        every = len(self._trained) == self.schedule.rows
-        rate = self._speed if every else self._usual
+        groups, rate = self.optimizer.param_groups, self._usual
         if any(group["lr"] is None for group in groups):  # Adafactor may find its own
             return 1.0
         for group in groups:
