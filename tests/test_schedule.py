@@ -116,25 +116,25 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
     schedule = Schedule(64, kind="settle")
     found = draws(schedule, 10)
     assert found[:4] == [Draw((64,), apart=True)] * 3 + [Draw((64,), order=0, apart=True)]
-    turns = (1, 64, 4, 64, 2, 64, 4, 64, 8, 64)
+    turns = (1, 64, 4, 64, 2, 64, 1, 64, 4, 64, 8, 64)
     assert [draw.ranks for draw in found[4:]] == [turns[i:] + turns[:i] for i in range(6)]
     assert [draw.order for draw in found[4:]] == [None] * 5 + [8]
     assert all(draw.apart for draw in found)
-    assert found[4].speeds == {1: 8.0, 2: 32**0.5, 4: 4.0, 8: 8**0.5}
+    assert found[4].speeds == pytest.approx({1: 128**0.5, 2: 8, 4: 32**0.5, 8: 4})
     assert (schedule.draws, schedule.parts) == (1, 4)
 
 
 @pytest.mark.parametrize(
     ("options", "turns", "order"),
     [
-        ({"rows": 8}, (1, 8, 4, 8, 2, 8, 4, 8), 4),
-        ({"rows": 3}, (1, 3, 2, 3), 2),
-        ({"rows": 2}, (1, 2), 1),
-        ({"rows": 1}, (1,), None),
-        ({"rows": 16, "unit": 4}, (4, 16, 8, 16), 8),
-        ({"rows": 32, "ranks": (2, 8, 16, 32)}, (2, 32, 16, 32, 8, 32, 16, 32), 16),
-        ({"rows": 32, "ranks": (2, 32)}, (2, 32), 2),
-        ({"rows": 32, "ranks": (32,)}, (32,), None),
+        ({"rows": 8}, (1, 8, 4, 8, 2, 8, 1, 8, 4, 8), 4),
+        ({"rows": 3}, (1, 3, 2, 3, 1, 3), 2),
+        ({"rows": 2}, (1, 2, 1, 2), 1),
+        ({"rows": 1}, (1, 1), None),
+        ({"rows": 16, "unit": 4}, (4, 16, 8, 16, 4, 16), 8),
+        ({"rows": 32, "ranks": (2, 8, 16, 32)}, (2, 32, 16, 32, 8, 32, 2, 32, 16, 32), 16),
+        ({"rows": 32, "ranks": (2, 32)}, (2, 32, 2, 32), 2),
+        ({"rows": 32, "ranks": (32,)}, (32, 32), None),
     ],
 )
 def test_settle_takes_the_lowest_ranks_that_there_are_and_orders_the_others(options, turns, order):
@@ -145,9 +145,9 @@ def test_settle_takes_the_lowest_ranks_that_there_are_and_orders_the_others(opti
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
 def test_settle_gives_every_turn_the_same_share_however_many_a_step_takes(micro_batches):
-    found = draws(Schedule(64, kind="settle"), 50)[20:]
+    found = draws(Schedule(64, kind="settle"), 20)[8:]
     counts = Counter(rank for draw in found for rank in draw.ranks[:micro_batches])
-    assert [counts[rank] / micro_batches for rank in (1, 2, 4, 8, 64)] == [3, 3, 6, 3, 15]
+    assert [counts[rank] / micro_batches for rank in (1, 2, 4, 8, 64)] == [2, 1, 2, 1, 6]
 
 
 def test_settle_never_orders_an_adapter_that_was_not_trained():

@@ -27,6 +27,7 @@ KINDS = ("full", "uniform", "sandwich", "settle")
 SETTLE_AT = 0.4  # share of the steps before the lower ranks settle
 PARTS = 4  # micro-batches of a step, each of which is then a step of its own
 LOWEST = 4  # ranks that are trained then, beside the largest; those between follow
+FASTER = 2**0.5  # than a LoRA of their own, each for its share of the steps
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class Draw:
         order: after this step, put the rows from this one on in the order of what they do to its
             inputs; None: leave them as they are.
         apart: each micro-batch is an optimizer step of its own.
-        speeds: by rank, how many times as fast as at the optimizer's rate its rows move where a
-            step has a fourth of a batch or more; a rank that is not listed moves at that rate, in
-            a step apart at that of so small a batch.
+        speeds: by rank, how many times as fast as all others its rows move: those go at the
+            optimizer's rate, in a step apart at that of so small a batch.
     """
 
     ranks: tuple[int, ...]
@@ -140,31 +140,32 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank r, then 1, r, 4, r, 2, r, 4, r, 8, r, and so on, a micro-batch at a time.
+        """The largest rank r, then r and the lowest by turns, a micro-batch at a time.
 
         Steps are small throughout: updates are what an adapter is short of (docs/log.md). At one
         learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k) times as
-        far per step as at alpha/r: that is the speed of rank k here. The rows that no low rank
-        trains end out of order: Adam moves small ones by as much as large ones.
+        far per step as at alpha/r. That is the speed of rank k here, and FASTER on top, since its
+        time is short. The rows that no low rank trains end out of order: Adam moves small ones by
+        as much as large ones.
         """
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
             return Draw((self.rows,), order=0 if step == start - 1 else None, apart=True)
         turns = self._turns
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
-        speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns if rank < self.rows}
+        speeds = {k: FASTER * (self.rows / k) ** 0.5 for k in turns if k < self.rows}
         ranks = turns[shift:] + turns[:shift]
         order = max(speeds) if speeds and step == total - 1 else None
         return Draw(ranks, order=order, apart=True, speeds=speeds)
 
     @property
     def _turns(self) -> tuple[int, ...]:
-        """1, r, 4, r, 2, r, 4, r, 8, r: the lowest ranks to choose from, the third twice."""
+        """1, r, 4, r, 2, r, 1, r, 4, r, 8, r: of the lowest, the first and the third twice."""
         doubled = (self.unit * 2**i for i in range(LOWEST))
         lowest = doubled if self.ranks is None else self.choices[:LOWEST]
         first, *others = [rank for rank in lowest if rank < self.rows] or [self.rows]
         second, third, rest = others[:1], others[1:2], others[2:]
-        lower = (first, *third, *second, *third, *rest)
+        lower = (first, *third, *second, first, *third, *rest)
         return tuple(rank for low in lower for rank in dict.fromkeys((low, self.rows)))
 
 

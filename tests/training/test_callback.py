@@ -132,7 +132,7 @@ def test_low_ranks_settle_in_optimizer_steps_of_their_own(tmp_path):
     sft.create_optimizer()
     sft.optimizer.register_step_pre_hook(before_step)
     sft.train()
-    turns = (1, 8, 4, 8, 2, 8, 4, 8, 1)
+    turns = (1, 8, 4, 8, 2, 8, 1, 8, 4)
     wanted = [(4 + i, rank, 0) for i in range(6) for rank in turns[i : i + 4]]
     assert seen == [(step, 8, 0) for step in range(4) for _ in range(4)] + wanted
     assert steps == [rank for _, rank, _ in seen]

@@ -195,24 +195,24 @@ def test_second_moments_of_pooled_inputs_in_any_dtype(autocast):
     assert torch.allclose(moments.double(), z.T @ z, rtol=0.02, atol=0.02 * float(z.square().max()))
 
 
-@pytest.mark.parametrize(("parts", "share"), [(1, 1.0), (4, 1.0), (8, 0.5**0.5)])
-def test_each_rank_moves_its_own_rows_at_its_own_speed(parts, share):
+@pytest.mark.parametrize("parts", [1, 4])
+def test_each_rank_moves_its_own_rows_at_its_own_speed(parts):
     model = adapted(llama(), method="anyrank", r=8)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
     plan = anyrank.RankPlan(model, optimizer, total=10, seed=0)
     plan.parts = parts
     a = layers(model)[0].anyrank_A["default"]
-    speeds = {1: 8**0.5 * share, 2: 2 * share, 4: 2**0.5 * share, 8: parts**-0.5}
+    speeds = {1: 4, 2: 8**0.5, 4: 2, 8: 1}
     for number in (7, 8, 9):
         draw = plan.begin(number)
-        assert sorted(draw.ranks) == [1, 2, 4, 4, 8, 8, 8, 8]
+        assert sorted(draw.ranks) == [1, 1, 2, 4, 4, 8, 8, 8, 8, 8]
         for i, rank in enumerate(draw.ranks):
             assert plan.use(i) == rank
             model(IDS, labels=IDS).loss.backward()
             before, gradient = a.detach().clone(), a.grad.clone()
             optimizer.step()
             optimizer.zero_grad()
-            wanted = before - speeds[rank] * LR * gradient
+            wanted = before - speeds[rank] * parts**-0.5 * LR * gradient
             assert torch.allclose(a[:rank], wanted[:rank], atol=1e-7, rtol=1e-6)
             assert torch.equal(a[rank:], before[rank:])
             assert gradient[:rank].any()
@@ -278,7 +278,7 @@ def test_two_adapters_do_not_slow_each_other_down():
             optimizer.step()
             optimizer.zero_grad()
             for plan, rank, x, old, g in zip(plans, ranks, b, before, gradients, strict=True):
-                speed = plan._draw.speeds.get(rank, 0.5)
+                speed = 0.5 * plan._draw.speeds.get(rank, 1)
                 wanted = old[:, :rank] - speed * LR * g[:, :rank]
                 assert torch.allclose(x[:, :rank], wanted, atol=1e-7, rtol=1e-6)
                 assert torch.equal(x[:, rank:], old[:, rank:])

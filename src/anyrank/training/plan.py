@@ -58,7 +58,7 @@ class RankPlan:
     Attributes:
         together: micro-batches share their step even where the schedule takes them apart.
         parts: micro-batches of a step. The learning rate is that of the whole batch: where each
-            is a step and the schedule names no speed, it is divided by the root of their number.
+            is a step, it is divided by the root of their number.
 
     Raises:
         ConfigError: the model holds no such adapter, the optimizer is none of torch, or it holds
@@ -131,19 +131,14 @@ class RankPlan:
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
         shared = bool(self._trained) and not self.apart  # a step has one speed
-        self._speed = 1.0 if shared else self._speed_of(rank)
+        self._speed = 1.0 if shared else self._usual * self._draw.speeds.get(rank, 1.0)
         self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
 
     @property
     def _usual(self) -> float:
-        """The speed where the schedule names none: an optimizer's own, or that of a part."""
+        """The share of the optimizer's rate for a step of this size."""
         return self.parts**-0.5 if self.apart else 1.0
-
-    def _speed_of(self, rank: int) -> float:
-        """The schedule's for steps of a fourth of a batch or more, less for smaller ones."""
-        faster = self._draw.speeds.get(rank)
-        return self._usual if faster is None else faster * min(2 * self._usual, 1.0)
 
     @property
     def apart(self) -> bool:
