@@ -119,7 +119,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     job = common(args) | {"shape": args.shapes[0]}
     jobs = {"qlora r 64": job | {"side": "qlora"}}
     jobs |= {f"qdylora drawn {k}": job | {"side": "qdylora", "drawn": k} for k in (64, 32, 8, 1)}
-    for name, at in (("one rank", 0), ("by turns", 500)):
+    for name, at in (("one rank", 0), ("by turns", 800)):
         jobs[f"anyrank in four steps, {name}"] = job | {"side": "anyrank", "at": at}
     jobs["qbara r 64 (128 rows)"] = job | {"side": "qbara"}
     jobs["lora_fa r 64"] = job | {"side": "lora_fa"}

@@ -6,9 +6,9 @@ resume. A schedule is data:
     uniform    one rank, uniform over `ranks` (1..r when none are listed)    DyLoRA, QDyLoRA
     sandwich   the largest, the smallest and a random one                     US-Nets
     full       always the largest                                             LoRA
-    settle     the largest; then, once the rows lie in order, the lowest       ours, docs/log.md
-               ranks and the largest by turns; at the end the other rows
-               are put in order again; every micro-batch is a step
+    settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
+               order, the lowest ranks and the largest in turn; at the end the
+               other rows are put in order again; every micro-batch is a step
 
 `unit` groups rows: with unit 4 the ranks are 4, 8, 12, ... `per_step` ranks are drawn without
 replacement and share the micro-batches of a step. `frozen` trains only the last unit of the drawn
@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from .errors import ConfigError, RankError, nearest
 
 KINDS = ("full", "uniform", "sandwich", "settle")
-SETTLE_AT = 0.4  # share of the steps before the lower ranks settle
+SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
 PARTS = 4  # micro-batches of a step, each of which is then a step of its own
-LOWEST = 4  # ranks that are trained then, beside the largest; those between follow
-FASTER = 2**0.5  # than a LoRA of their own, each for its share of the steps
+LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
+SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Draw:
         order: after this step, put the rows from this one on in the order of what they do to its
             inputs; None: leave them as they are.
         apart: each micro-batch is an optimizer step of its own.
-        speeds: by rank, how many times as fast as all others its rows move: those go at the
-            optimizer's rate, in a step apart at that of so small a batch.
+        speeds: by rank, how many times faster than at the optimizer's rate its rows move; a rank
+            that is not listed moves at that rate, in a step apart at that of so small a batch.
     """
 
     ranks: tuple[int, ...]
@@ -140,33 +140,34 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank r, then r and the lowest by turns, a micro-batch at a time.
+        """The largest rank r, then 1, 2, r, 1, 4, r, and so on, a micro-batch at a time.
 
         Steps are small throughout: updates are what an adapter is short of (docs/log.md). At one
         learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k) times as
-        far per step as at alpha/r. That is the speed of rank k here, and FASTER on top, since its
-        time is short. The rows that no low rank trains end out of order: Adam moves small ones by
-        as much as large ones.
+        far per step as at alpha/r: that is the speed of rank k here. The largest rank is there to
+        stay what it is while the first rows move, and its last rows are small: slowly. Adam moves
+        those by as much as the large ones, so they end out of order.
         """
         start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
         if step < start:
             return Draw((self.rows,), order=0 if step == start - 1 else None, apart=True)
         turns = self._turns
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
-        speeds = {k: FASTER * (self.rows / k) ** 0.5 for k in turns if k < self.rows}
+        speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}
         ranks = turns[shift:] + turns[:shift]
-        order = max(speeds) if speeds and step == total - 1 else None
+        lower = [rank for rank in turns if rank < self.rows]
+        order = max(lower) if lower and step == total - 1 else None
         return Draw(ranks, order=order, apart=True, speeds=speeds)
 
     @property
     def _turns(self) -> tuple[int, ...]:
-        """1, r, 4, r, 2, r, 1, r, 4, r, 8, r: of the lowest, the first and the third twice."""
+        """1, 2, r, 1, 4, r: the lowest ranks to choose from, the first of them most often."""
         doubled = (self.unit * 2**i for i in range(LOWEST))
         lowest = doubled if self.ranks is None else self.choices[:LOWEST]
         first, *others = [rank for rank in lowest if rank < self.rows] or [self.rows]
-        second, third, rest = others[:1], others[1:2], others[2:]
-        lower = (first, *third, *second, first, *third, *rest)
-        return tuple(rank for low in lower for rank in dict.fromkeys((low, self.rows)))
+        if not others:
+            return (first, self.rows) if first < self.rows else (first,)
+        return tuple(rank for other in others for rank in (first, other, self.rows))
 
 
 def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:

@@ -33,8 +33,8 @@ Run      --output_dir             new folder                  --report_to      n
          --save_steps             500                         --logging_steps  10
          --resume_from_checkpoint true, or a checkpoint
 
-The default method, anyrank, trains rank r for 40 % of the steps, then r and 1, 2, 4 or 8 by turns,
-each in a step of its own on a micro-batch; a batch that was not split goes in four parts.
+The default method, anyrank, trains rank r for 70 % of the steps, then ranks 1, 2, r, 1, 4, r by
+turns, each in a step of its own on a micro-batch; a batch that was not split goes in four parts.
 --config takes the same keys from YAML. --help_all lists every key (all of TRL's SFTConfig).
 """
 

@@ -58,7 +58,7 @@ class RankPlan:
     Attributes:
         together: micro-batches share their step even where the schedule takes them apart.
         parts: micro-batches of a step. The learning rate is that of the whole batch: where each
-            is a step, it is divided by the root of their number.
+            is a step and the schedule names no speed, it is divided by the root of their number.
 
     Raises:
         ConfigError: the model holds no such adapter, the optimizer is none of torch, or it holds
@@ -131,13 +131,13 @@ class RankPlan:
         self._set(rank, self._draw.first)
         stop = max(rank, self._trained.stop)
         shared = bool(self._trained) and not self.apart  # a step has one speed
-        self._speed = 1.0 if shared else self._usual * self._draw.speeds.get(rank, 1.0)
+        self._speed = 1.0 if shared else self._draw.speeds.get(rank, self._usual)
         self._trained = range(self._draw.first, rank if self.apart else stop)
         return rank
 
     @property
     def _usual(self) -> float:
-        """The share of the optimizer's rate for a step of this size."""
+        """The speed where the schedule names none: an optimizer's own, or that of a part."""
         return self.parts**-0.5 if self.apart else 1.0
 
     @property
@@ -203,10 +203,12 @@ class RankPlan:
     def _set_rate(self) -> float:
         """The share of its learning rate at which the optimizer takes this step, set in its groups.
 
-        Where all rows are trained, nothing needs to be copied then; others are moved on by their
-        own speed. A plan of another adapter may have set it before.
+        It is that of the rows where all are trained: only some need to be copied and moved on by
+        another speed. A plan of another adapter may have set it before.
         """
-        groups, rate = self.optimizer.param_groups, self._usual
+        groups = self.optimizer.param_groups
+        every = len(self._trained) == self.schedule.rows
+        rate = self._speed if every else self._usual
         if any(group["lr"] is None for group in groups):  # Adafactor may find its own
             return 1.0
         for group in groups:
