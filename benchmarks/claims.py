@@ -102,12 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, Path("runs/claims"))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--only", default="", help="methods with these words in their name")
+    parser.add_argument("--methods", nargs="+", help="only these of the groups, by name")
     chosen = parser.parse_args()
-    found = {}
+    wanted, found = chosen.methods, {}
     for group in chosen.groups:
         plans = GROUPS[group]
-        chosen.methods = [name for name in plans if chosen.only in name]
+        chosen.methods = [name for name in plans if wanted is None or name in wanted]
         rates, by_seed = measure(chosen, plans)
         found[group] = {name: [rates[name], by_seed[name]] for name in by_seed}
         print(f"\n{group}\n\n" + "\n".join(lines(rates, by_seed)), flush=True)

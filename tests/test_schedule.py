@@ -129,28 +129,58 @@ def test_settle_trains_the_largest_rank_and_then_all_in_turn():
     assert (schedule.draws, schedule.parts) == (1, 4)
 
 
+def test_settle_turns_earlier_in_a_long_run_and_takes_one_rank_more():
+    found = draws(Schedule(64, kind="settle"), 1000)
+    assert found[:400] == [Draw((64,), apart=True)] * 399 + [Draw((64,), order=0, apart=True)]
+    assert [draw.ranks for draw in found[400:402]] == [
+        (1, 64, 2, 64, 4, 64, 8, 64),
+        (64, 2, 64, 4, 64, 8, 64, 1),
+    ]
+    assert found[400].speeds == {1: 8.0, 2: 32**0.5, 4: 4.0, 8: 8**0.5}  # 64 at its usual one
+    assert [draw.order for draw in found[-2:]] == [None, 8]
+
+
+@pytest.mark.parametrize(("total", "start"), [(10, 7), (750, 525), (751, 300), (10000, 4000)])
+def test_a_run_is_long_from_751_steps_on(total, start):
+    schedule = Schedule(64, kind="settle")
+    assert [schedule(step, total, 0).order for step in (start - 2, start - 1)] == [None, 0]
+    assert schedule(start, total, 0).ranks[0] == 1
+
+
 @pytest.mark.parametrize(
-    ("options", "turns", "order"),
+    ("options", "short", "long"),
     [
-        ({"rows": 3}, (1, 2, 3), 2),
-        ({"rows": 2}, (1, 2), 1),
-        ({"rows": 1}, (1,), None),
-        ({"rows": 16, "unit": 4}, (4, 8, 16), 8),
-        ({"rows": 32, "ranks": (2, 8, 16, 24, 32)}, (2, 8, 32, 2, 16, 32), 16),
+        ({"rows": 3}, (1, 2, 3), (1, 3, 2, 3)),
+        ({"rows": 2}, (1, 2), (1, 2)),
+        ({"rows": 1}, (1,), (1,)),
+        ({"rows": 16, "unit": 4}, (4, 8, 16), (4, 16, 8, 16)),
+        (
+            {"rows": 32, "ranks": (2, 8, 16, 24, 32)},
+            (2, 8, 32, 2, 16, 32),
+            (2, 32, 8, 32, 16, 32, 24, 32),
+        ),
     ],
 )
-def test_settle_takes_the_lowest_ranks_that_there_are_and_orders_the_others(options, turns, order):
+def test_settle_takes_the_lowest_ranks_that_there_are_and_orders_the_others(options, short, long):
     schedule = Schedule(kind="settle", **options)
-    assert schedule(70, 100, 0).ranks == turns
-    assert [schedule(step, 100, 0).order for step in (69, 70, 98, 99)] == [0, None, None, order]
     assert schedule.parts == 4
+    for turns, total, start in ((short, 100, 70), (long, 1000, 400)):
+        assert schedule(start, total, 0).ranks == turns
+        last = max((rank for rank in turns if rank < schedule.rows), default=None)
+        orders = [schedule(step, total, 0).order for step in (start - 1, start, total - 2)]
+        assert orders == [0, None, None]
+        assert schedule(total - 1, total, 0).order == last
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 5])
 def test_settle_gives_every_turn_the_same_share_however_many_a_step_takes(micro_batches):
-    found = draws(Schedule(64, kind="settle"), 20)[14:]
-    counts = Counter(rank for draw in found for rank in draw.ranks[:micro_batches])
-    assert [counts[rank] / micro_batches for rank in (1, 2, 4, 64)] == [2, 1, 1, 2]
+    def shares(draws):
+        counts = Counter(rank for draw in draws for rank in draw.ranks[:micro_batches])
+        return {rank: count / micro_batches for rank, count in counts.items()}
+
+    schedule = Schedule(64, kind="settle")
+    assert shares(draws(schedule, 20)[14:]) == {1: 2, 2: 1, 4: 1, 64: 2}
+    assert shares(draws(schedule, 1000)[400:408]) == {1: 1, 2: 1, 4: 1, 8: 1, 64: 4}
 
 
 def test_settle_never_orders_an_adapter_that_was_not_trained():

@@ -6,7 +6,7 @@ resume. A schedule is data:
     uniform    one rank, uniform over `ranks` (1..r when none are listed)    DyLoRA, QDyLoRA
     sandwich   the largest, the smallest and a random one                     US-Nets
     full       always the largest                                             LoRA
-    settle     the largest for most of the run; then, once the rows lie in     ours, docs/log.md
+    settle     the largest for a part of the run; then, once the rows lie in   ours, docs/log.md
                order, the lowest ranks and the largest in turn; at the end the
                other rows are put in order again; every micro-batch is a step
 
@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from .errors import ConfigError, RankError, nearest
 
 KINDS = ("full", "uniform", "sandwich", "settle")
-SETTLE_AT = 0.7  # share of the steps before the lower ranks settle
+LONG = 750  # a run of more steps is long: the second of each pair below
+SETTLE_AT = (0.7, 0.4)  # share of the steps before the lower ranks settle
+LOWEST = (3, 4)  # ranks that are trained then, beside the largest; those between follow
+SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then in a short run
 PARTS = 4  # micro-batches of a step, each of which is then a step of its own
-LOWEST = 3  # ranks that are trained then, beside the largest; those between follow
-SLOWLY = 0.4  # of the learning rate, at which the largest rank goes on then
 
 
 @dataclass(frozen=True)
@@ -140,34 +141,42 @@ class Schedule:
         return Draw(drawn, first=drawn[0] - self.unit if self.frozen else 0)
 
     def _settle(self, step: int, total: int) -> Draw:
-        """The largest rank r, then 1, 2, r, 1, 4, r, and so on, a micro-batch at a time.
+        """The largest rank r, then the lowest and r by turns, a micro-batch at a time.
 
-        Steps are small throughout: updates are what an adapter is short of (docs/log.md). At one
-        learning rate and the scale alpha/k, a LoRA of rank k moves its product sqrt(r/k) times as
-        far per step as at alpha/r: that is the speed of rank k here. The largest rank is there to
-        stay what it is while the first rows move, and its last rows are small: slowly. Adam moves
-        those by as much as the large ones, so they end out of order.
+            up to 750 steps    r for 70 % of them, then 1, 2, r, 1, 4, r, where r goes on slowly
+            more than that     r for 40 %, then 1, r, 2, r, 4, r, 8, r
+
+        Steps are small throughout: updates are what an adapter is short of, and low ranks most of
+        all (docs/log.md). In a short run r gives them a start and then has to stay what it is while
+        the first rows move: slowly, since its last rows are small. In a long run it goes on
+        learning. At one learning rate and the scale alpha/k, a LoRA of rank k moves its product
+        sqrt(r/k) times as far per step as at alpha/r: that is the speed of rank k here. Adam moves
+        the last rows by as much as the large ones, so they end out of order.
         """
-        start = max(round(SETTLE_AT * total), 1)  # a fresh adapter has no order
+        long = total > LONG
+        start = max(round(SETTLE_AT[long] * total), 1)  # a fresh adapter has no order
         if step < start:
             return Draw((self.rows,), order=0 if step == start - 1 else None, apart=True)
-        turns = self._turns
+        turns = self._turns(long)
         shift = (step - start) % len(turns)  # so each has its turn, however many a step takes
-        speeds = {rank: (self.rows / rank) ** 0.5 for rank in turns} | {self.rows: SLOWLY}
         ranks = turns[shift:] + turns[:shift]
         lower = [rank for rank in turns if rank < self.rows]
         order = max(lower) if lower and step == total - 1 else None
+        speeds = {rank: (self.rows / rank) ** 0.5 for rank in lower}
+        if not long:
+            speeds[self.rows] = SLOWLY
         return Draw(ranks, order=order, apart=True, speeds=speeds)
 
-    @property
-    def _turns(self) -> tuple[int, ...]:
-        """1, 2, r, 1, 4, r: the lowest ranks to choose from, the first of them most often."""
-        doubled = (self.unit * 2**i for i in range(LOWEST))
-        lowest = doubled if self.ranks is None else self.choices[:LOWEST]
-        first, *others = [rank for rank in lowest if rank < self.rows] or [self.rows]
-        if not others:
-            return (first, self.rows) if first < self.rows else (first,)
-        return tuple(rank for other in others for rank in (first, other, self.rows))
+    def _turns(self, long: bool) -> tuple[int, ...]:
+        """1, 2, r, 1, 4, r or 1, r, 2, r, 4, r, 8, r, of the lowest ranks to choose from."""
+        count = LOWEST[long]
+        doubled = (self.unit * 2**i for i in range(count))
+        lowest = doubled if self.ranks is None else self.choices[:count]
+        lower = [rank for rank in lowest if rank < self.rows]
+        if long or len(lower) < 2:
+            return tuple(turn for rank in lower for turn in (rank, self.rows)) or (self.rows,)
+        first, *others = lower
+        return tuple(turn for other in others for turn in (first, other, self.rows))
 
 
 def rank_list(given: str | Sequence[int] | None, name: str) -> list[int] | None:

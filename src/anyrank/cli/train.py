@@ -34,7 +34,8 @@ Run      --output_dir             new folder                  --report_to      n
          --resume_from_checkpoint true, or a checkpoint
 
 The default method, anyrank, trains rank r for 70 % of the steps, then ranks 1, 2, r, 1, 4, r by
-turns, each in a step of its own on a micro-batch; a batch that was not split goes in four parts.
+turns; in a run of more than 750 steps r for 40 %, then 1, r, 2, r, 4, r, 8, r. Each turn is a step
+of its own on a micro-batch; a batch that was not split goes in four parts.
 --config takes the same keys from YAML. --help_all lists every key (all of TRL's SFTConfig).
 """
 
