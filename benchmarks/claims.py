@@ -1,7 +1,7 @@
 """Which claims of the papers on quantized adapters hold here, each method at its best rate.
 
     python benchmarks/claims.py --model ../shared/models/t0-6m --data ../shared/data/gsm8k
-    python benchmarks/claims.py --groups nested --seeds 1       only some
+    python benchmarks/claims.py --groups rows --methods 'Q-BaRA r 16, 3 bits'       only some
 
     rows      Q-BaRA against QLoRA at equal parameters, on codes of 4, 3 and 2 bits
     foldable  QA-LoRA, QA-BLoRA, QA-HiRA, PEQA and the skips of IR-QLoRA, on the same codes
@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from quality_runs import Losses, Plan, add_options, measure, spread
+from quality_runs import Losses, Plan, add_options, measure, refuse_unknown, spread
 
 WIDE = ("3e-3", "1e-2", "2e-2")
 HIGH = ("1e-2", "3e-2", "6e-2")  # where inputs are means of 32
@@ -104,10 +104,12 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--methods", nargs="+", help="only these of the groups, by name")
     chosen = parser.parse_args()
-    wanted, found = chosen.methods, {}
+    every = [name for group in chosen.groups for name in GROUPS[group]]
+    wanted, found = chosen.methods or every, {}
+    refuse_unknown(parser, wanted, every)
     for group in chosen.groups:
         plans = GROUPS[group]
-        chosen.methods = [name for name in plans if wanted is None or name in wanted]
+        chosen.methods = [name for name in plans if name in wanted]
         rates, by_seed = measure(chosen, plans)
         found[group] = {name: [rates[name], by_seed[name]] for name in by_seed}
         print(f"\n{group}\n\n" + "\n".join(lines(rates, by_seed)), flush=True)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_runs import Losses, Plan, add_options, measure, spread
+from quality_runs import Losses, Plan, add_options, measure, refuse_unknown, spread
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LISTED = ",".join(map(str, RANKS))
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(PLANS), help="'lora' is all of LoRA's")
     chosen = parser.parse_args()
     each = [*EACH, *SMALL]
+    refuse_unknown(parser, chosen.methods, ["lora", *PLANS])
     if "lora" in chosen.methods:
         chosen.methods += each
     rates, by_seed = measure(chosen, PLANS)

@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,14 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--limit", type=int, default=160, help="test rows")
     parser.add_argument("--jobs", type=int, default=2)
+
+
+def refuse_unknown(
+    parser: argparse.ArgumentParser, given: Iterable[str], known: Iterable[str]
+) -> None:
+    """Name a method that does not exist, and those that do."""
+    if unknown := set(given) - set(known):
+        parser.error(f"no method {sorted(unknown)}; there are\n  " + "\n  ".join(known))
 
 
 def spread(values: list[float]) -> float:
