@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
 from anyrank.cli import run
+from anyrank.training.formats import NEWLINE
 from anyrank.training.run import Run
 
 FAST = "--learning_rate 0.01 --per_device_train_batch_size 4 --logging_steps 1 --disable_tqdm true"
@@ -161,6 +162,18 @@ def test_a_sweep_of_other_data_may_name_its_columns(base_folder, rows_file, tmp_
     words = f"--dataset {tmp_path / 'qa.csv'} --prompt_column question --completion_column answer"
     assert run(["sweep", str(tmp_path / "run"), *words.split()]) == 0
     assert json.loads((tmp_path / "run" / "sweep.json").read_text())["rows"] == 1
+
+
+def test_how_prompts_of_other_columns_end_is_said(base_folder, rows_file, tmp_path, caplog):
+    (tmp_path / "qa.csv").write_text("question,answer\nHow many?,Two apples.\n")
+    words = ["--prompt_column", "question", "--completion_column", "answer", "--max_steps", "1"]
+    with caplog.at_level("INFO", logger="anyrank"):
+        assert train(base_folder, tmp_path / "qa.csv", tmp_path / "qa", *words) == 0
+    assert NEWLINE in caplog.messages
+    assert NEWLINE in (tmp_path / "qa" / "README.md").read_text()
+
+    assert train(base_folder, rows_file, tmp_path / "pairs", "--max_steps", "1") == 0
+    assert NEWLINE not in (tmp_path / "pairs" / "README.md").read_text()
 
 
 def test_ranks_may_be_a_yaml_list_and_are_the_ones_that_are_swept(base_folder, rows_file, tmp_path):

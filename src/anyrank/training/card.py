@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .formats import NEWLINE, DataSource
+
 _SETTINGS = (
     "method",
     "lora_r",
@@ -65,7 +67,14 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), ".")
 ```
-{_ranks(rows, options)}"""
+{_prompts(options)}{_ranks(rows, options)}"""
+
+
+def _prompts(options: dict[str, Any]) -> str:
+    """How the training rows ended their prompts, where their columns do not say it."""
+    columns = (options.get("prompt_column"), options.get("completion_column"))
+    source = DataSource(options["dataset"], prompt_column=columns[0], completion_column=columns[1])
+    return f"\n{NEWLINE}\n" if source.adds_newline else ""
 
 
 def _ranks(rows: int, options: dict[str, Any]) -> str:

@@ -22,6 +22,9 @@ from ..errors import DataError, nearest
 ROLES = {"human": "user", "gpt": "assistant"} | {
     r: r for r in ("system", "user", "assistant", "tool")
 }
+NEWLINE = (
+    "A newline ends the prompt where neither column has whitespace: end yours with it to generate."
+)
 ALPACA = "### Instruction:\n{instruction}\n\n{context}### Response:\n"
 _PROMPT_LIKE = ("question", "query", "problem", "instruction", "input", "prompt")
 _COMPLETION_LIKE = ("answer", "response", "output", "solution", "target", "completion")
@@ -51,6 +54,15 @@ class DataSource:
     text_column: str = "text"
     limit: int | None = None
 
+    @property
+    def adds_newline(self) -> bool:
+        """Whether a newline ends prompts where neither side has whitespace: two words meet there.
+
+        Columns that are called prompt and completion are glued as they stand, as everywhere.
+        """
+        pair = (self.prompt_column or "prompt", self.completion_column or "completion")
+        return pair != ("prompt", "completion")
+
 
 class BadRow(Exception):
     """What is wrong with one row, and what it needs."""
@@ -63,13 +75,13 @@ def converter(columns: list[str], origin: str, source: DataSource) -> Convert:
         prompt, completion = prompt or "prompt", completion or "completion"
         _need_column(prompt, columns, origin, "--prompt_column", taken=source.completion_column)
         _need_column(completion, columns, origin, "--completion_column", taken=prompt)
-        return partial(_pair, prompt=prompt, completion=completion)
+        return partial(_pair, prompt=prompt, completion=completion, newline=source.adds_newline)
     if text != "text":
         _need_column(text, columns, origin, "--dataset_text_field")
     elif {"instruction", "output"} <= set(columns):
         return _alpaca
     elif {"prompt", "completion"} <= set(columns):
-        return partial(_pair, prompt="prompt", completion="completion")
+        return partial(_pair, prompt="prompt", completion="completion", newline=False)
     elif "messages" in columns or "conversations" in columns:
         name = "messages" if "messages" in columns else "conversations"
         return lambda row: {"messages": _answered(_turns(row, name), name)}
@@ -104,14 +116,13 @@ def _guess(columns: list[str], wanted: tuple[str, ...]) -> str:
     return best if likeness.get(best, 0) > 0.7 else "NAME"
 
 
-def _pair(row: Row, prompt: str, completion: str) -> Row:
+def _pair(row: Row, prompt: str, completion: str, newline: bool) -> Row:
     if isinstance(row.get(prompt), list) and isinstance(row.get(completion), list):
         answer = _answered(_turns(row, completion), completion)
         return {"messages": [*_turns(row, prompt), *answer]}
     before = _string(row, prompt)
     after = _filled(row, completion, "row has no completion to learn from")
-    own_names = (prompt, completion) == ("prompt", "completion")
-    if not own_names and before and not (before[-1].isspace() or after[0].isspace()):
+    if newline and before and not (before[-1].isspace() or after[0].isspace()):
         before += "\n"
     return {"prompt": before, "completion": after}
 

@@ -25,6 +25,7 @@ from .base import load_base, load_tokenizer, wants_4bit
 from .callback import check_micro_batches
 from .card import model_card
 from .data import load_rows, split_rows
+from .formats import NEWLINE
 from .run import METRICS, RESULT, check_output, checkpoint_to_resume, claim, unclaim
 from .tokens import tokenize_rows
 
@@ -80,10 +81,13 @@ def read_data(
     data: DataArguments, args: TrainArguments, tokenizer: Any
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows and validation rows as token ids and labels."""
-    rows = load_rows(data.source(args.dataset_text_field))
+    source = data.source(args.dataset_text_field)
+    rows = load_rows(source)
+    if source.adds_newline:
+        logger.info(NEWLINE)
     held_out = None
-    if (source := data.eval_source(args.dataset_text_field)) is not None:
-        held_out = load_rows(source)
+    if (validation := data.eval_source(args.dataset_text_field)) is not None:
+        held_out = load_rows(validation)
     elif data.eval_size:
         rows, held_out = split_rows(rows, data.eval_size, args.seed)
     completion_only = args.completion_only_loss is not False
