@@ -27,21 +27,24 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 LISTED = ",".join(map(str, RANKS))
 EACH = {f"lora {rank}": f"--method qlora --lora_r {rank}" for rank in RANKS}
 SMALL = {f"small-step {name}": options for name, options in EACH.items()}
+RATES = ("3e-3", "5e-3", "1e-2")
 ALONE = {"LoRA of each rank": EACH, "LoRA of each rank, small steps": SMALL}  # of several runs
 PLANS: dict[str, Plan] = {
     **{name: Plan(options, ("5e-3", "1e-2", "2e-2")) for name, options in EACH.items()},
     "LoRA 64, SVD cut": Plan(cut="svd", from_="lora 64", ranks=LISTED),
     "LoRA 64, prefix": Plan(cut="prefix", from_="lora 64", ranks=LISTED),
-    **{name: Plan(options, ("3e-3", "5e-3", "1e-2"), rows=2) for name, options in SMALL.items()},
+    **{name: Plan(options, RATES, rows=2) for name, options in SMALL.items()},
     "LoRA 64, small steps, SVD cut": Plan(cut="svd", from_="small-step lora 64", ranks=LISTED),
-    "QDyLoRA": Plan(f"--method qdylora --ranks {LISTED}"),
-    "QDyLoRA, frozen rows": Plan("--method qdylora --frozen_rows true"),
-    "MatryoshkaLoRA": Plan("--method qlora", layer=f"matryoshka --rank 64 --ranks {LISTED}"),
-    "sandwich, 3 ranks a step": Plan(
-        f"--method qdylora --ranks {LISTED} --schedule sandwich", rows=9, parts=3
+    "QDyLoRA": Plan(f"--method qdylora --ranks {LISTED}", RATES),
+    "QDyLoRA, frozen rows": Plan("--method qdylora --frozen_rows true", ("3e-3", "1e-2", "3e-2")),
+    "MatryoshkaLoRA": Plan(
+        "--method qlora", ("3e-3", "1e-2", "2e-2"), layer=f"matryoshka --rank 64 --ranks {LISTED}"
     ),
-    "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", parts=4),
-    "anyrank": Plan("--method anyrank", ("3e-3", "5e-3", "1e-2"), compute=1.15, parts=4),
+    "sandwich, 3 ranks a step": Plan(
+        f"--method qdylora --ranks {LISTED} --schedule sandwich", RATES, rows=9, parts=3
+    ),
+    "4 ranks a step": Plan(f"--method qdylora --ranks {LISTED} --ranks_per_step 4", RATES, parts=4),
+    "anyrank": Plan("--method anyrank", RATES, compute=1.15, parts=4),
 }
 
 
