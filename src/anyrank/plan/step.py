@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import masking_utils
 
 from ..quant.affine import AffineLinear
 from ..training.arguments import TrainArguments
+from ..training.head import small_tiles
 from ..training.plan import RankPlan, active_adapters
 from ..tuner import AnyRankConfig
 from .fake import Answers, give_storage
@@ -120,7 +121,7 @@ class FakeRun:
             stack.enter_context(quiet())
             stack.enter_context(_own_tables())
             stack.enter_context(mock.patch.object(masking_utils, "is_tracing", _no))
-            stack.enter_context(gpu_paths() if self.on_gpu else nullcontext())
+            stack.enter_context(gpu_paths() if self.on_gpu else small_tiles("cpu"))
             for mode in (*modes, self.answers):
                 stack.enter_context(mode)
             yield

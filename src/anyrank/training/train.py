@@ -26,6 +26,7 @@ from .callback import check_micro_batches
 from .card import model_card
 from .data import load_rows, split_rows
 from .formats import NEWLINE
+from .head import small_tiles
 from .run import METRICS, RESULT, check_output, checkpoint_to_resume, claim, unclaim
 from .tokens import tokenize_rows
 
@@ -70,7 +71,8 @@ def train(
         _require_room(trainer, folder)
         claim(folder, options)
     try:
-        return _fit(trainer, folder, options, tokenizer, checkpoint)
+        with small_tiles(args.device.type):
+            return _fit(trainer, folder, options, tokenizer, checkpoint)
     except BaseException:
         if main_process:
             unclaim(folder)
