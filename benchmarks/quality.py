@@ -95,7 +95,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """A curve per method, error bars over the seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     colours = ("blue", "cyan", "orange", "green", "purple", "olive", "gray", "pink", "brown")
     axes.set_prop_cycle(color=[*(f"tab:{colour}" for colour in colours), "black"])
     for name, row in found.items():
@@ -112,7 +112,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("rank")
     axes.set_ylabel("test loss (nats per answer token)")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
