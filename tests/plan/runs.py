@@ -24,6 +24,7 @@ from transformers import (
 
 from anyrank.plan.estimate import Planner
 from anyrank.training.base import load_base, load_tokenizer, wants_4bit
+from anyrank.training.head import small_tiles
 from anyrank.training.parse import parse_train
 from anyrank.training.train import sft_trainer
 from anyrank.tuner.decoder import lean_decoder
@@ -126,4 +127,5 @@ def profiled_peak(run: Callable[[], Any]) -> int:
 def measured_peak(words: Sequence[str]) -> int:
     """Bytes at the peak of a real run on the CPU."""
     trainer = trainer_of(words)
-    return weights(trainer.model) + profiled_peak(trainer.train)
+    with small_tiles("cpu"):  # as anyrank train does
+        return weights(trainer.model) + profiled_peak(trainer.train)
