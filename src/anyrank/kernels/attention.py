@@ -5,15 +5,17 @@ For queries q, keys k and values v of one head, [T, D], T tokens:
     S = scale q k^T, -inf above the diagonal,     P = softmax(S),        o = P v
     dv = P^T g,    dS = P (g v^T - sum(P g v^T)),    dq = scale dS k,    dk = scale dS^T q
 
-S is made in float32, and again in the backward pass: kept are q, k and v. A block of QUERIES rows
-is multiplied with the keys up to its end, for CHUNK scores of many heads at a time, so most of what
-lies above the diagonal is never made; heads that share keys are rows of one product. torch's kernel
-walks through blocks of one head, which is better for long rows (docs/log.md).
+S is made again in the backward pass: kept are q, k and v. Its products are of bf16 numbers, its sums
+stay in float32 (`float32_sums`). A block of QUERIES rows is multiplied with the keys up to its end,
+for CHUNK scores of many heads at a time, so most of what lies above the diagonal is never made;
+heads that share keys are rows of one product. torch's kernel walks through blocks of one head,
+which is better for long rows (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from .shared import shared
 
 LONG = 768  # tokens from which on torch's kernel is the faster one
-QUERIES = 64  # of a block
+QUERIES = 64  # of a block, and twice as many where no heads share keys
+softmax_backward = torch.ops.aten._softmax_backward_data.out
 CHUNK = 2**20  # scores at a time
 
 
@@ -60,6 +63,8 @@ def attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if attn_mask is not None and _hides_only_later(attn_mask):
+        attn_mask = None
     with torch.autocast("cpu", enabled=False):
         return _ShortAttention.apply(query, key, value, attn_mask, scale)  # type: ignore[return-value]
 
@@ -94,20 +99,49 @@ def _is_causal(query: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     return shared(mask, "causal", lambda: bool(mask.any(-1).all() and not mask.triu(1).any()))
 
 
+def _hides_only_later(mask: Tensor) -> bool:
+    """Whether a causal mask says no more than `is_causal`: found once per mask."""
+    if is_fake(mask):
+        return False
+    return shared(mask, "later", lambda: torch.equal(mask, torch.ones_like(mask).tril_()))
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Products of float32 matrices that hold bf16 numbers, exact up to the sums in float32.
+
+    oneDNN then multiplies them as bf16, in half the time of float32. A product of bf16 matrices
+    would round its sums to bf16, for which scores are too large.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b of [heads, n, k] and [heads, k, m], without a pass for the scale."""
+    nothing = a.new_zeros(()).expand(len(a), a.shape[1], b.shape[2])
+    return torch.baddbmm(nothing, a, b, beta=0, alpha=scale)
+
+
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of the batch and heads of the keys that go through together."""
-    (batch, heads, tokens, _), shared_by = key.shape, query.shape[1] // key.shape[1]
-    count = max(CHUNK // (shared_by * min(tokens, QUERIES) * tokens), 1)
+    batch, heads, tokens, _ = key.shape
+    height = _blocks(query, key)[0].stop * query.shape[1] // heads
+    count = max(CHUNK // (height * tokens), 1)
     rows = max(count // heads, 1)
     for row in range(0, batch, rows):
         for head in range(0, heads, count):
             yield slice(row, row + rows), slice(head, head + count)
 
 
-def _blocks(tokens: int) -> Iterator[slice]:
-    """The queries of each product."""
-    for start in range(0, tokens, QUERIES):
-        yield slice(start, min(start + QUERIES, tokens))
+def _blocks(query: Tensor, key: Tensor) -> list[slice]:
+    """The queries of each product; of whole tensors, or of some of their heads."""
+    tokens, step = key.shape[2], QUERIES * (2 if query.numel() == key.numel() else 1)
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
 def _grouped(x: Tensor, key: Tensor, rows: slice, heads: slice) -> Tensor:
@@ -115,27 +149,29 @@ def _grouped(x: Tensor, key: Tensor, rows: slice, heads: slice) -> Tensor:
     return x.unflatten(1, (key.shape[1], -1))[rows, heads]
 
 
-def _matrices(x: Tensor) -> Tensor:
-    """[rows, heads, sharing, tokens, D] as [rows * heads, sharing * tokens, D]."""
-    return x.flatten(2, 3).flatten(0, 1)
+def _matrices(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x [rows, heads, ..., D] as [rows * heads, the rest, D], contiguous: views multiply slowly."""
+    x = x.to(dtype or x.dtype, memory_format=torch.contiguous_format).contiguous()
+    return x.flatten(2, -2).flatten(0, 1)
 
 
 def _probabilities(
     q: Tensor, k: Tensor, hidden: Tensor | None, queries: slice, scale: float
 ) -> Tensor:
-    """P [heads, queries, keys] in float32, of q [heads, queries, D] and k [heads, D, keys].
+    """P [heads, queries, keys] of q [heads, queries, D] and k [heads, D, keys], all in float32.
 
     Args:
         hidden: [rows or 1, 1, tokens, tokens], -inf where a mask hides a key; None: causal.
     """
-    s = torch.bmm(q.float().mul_(scale), k)
+    with float32_sums():
+        s = _product(q, k, scale)
     count = queries.stop - queries.start
     if hidden is None:
         above = torch.full((count, count), -torch.inf).triu_(1)
         s.unflatten(1, (-1, count))[..., queries].add_(above)
     else:
         s.view(len(hidden), -1, count, queries.stop).add_(hidden[..., queries, : queries.stop])
-    return s.softmax(-1)
+    return torch.softmax(s, -1, out=s)
 
 
 def _hidden(mask: Tensor | None, rows: slice) -> Tensor | None:
@@ -154,12 +190,12 @@ class _ShortAttention(torch.autograd.Function):
         batch, heads, tokens, _ = query.shape
         o = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         for part in _heads(query, key):
-            k, v = (x[part].flatten(0, 1) for x in (key, value))
+            k, v = _matrices(key[part], torch.float32).transpose(1, 2), _matrices(value[part])
             q, made = (_grouped(x, key, *part) for x in (query, o))
-            wide, hidden = k.float().transpose(1, 2), _hidden(mask, part[0])
-            for now in _blocks(tokens):
-                these = _matrices(q[..., now, :])
-                p = _probabilities(these, wide[..., : now.stop], hidden, now, scale).to(v.dtype)
+            hidden = _hidden(mask, part[0])
+            for now in _blocks(query, key):
+                these = _matrices(q[..., now, :], torch.float32)
+                p = _probabilities(these, k[..., : now.stop], hidden, now, scale).to(v.dtype)
                 to = made[..., now, :]
                 to.copy_(torch.bmm(p, v[:, : now.stop]).view(to.shape))
         ctx.save_for_backward(query, key, value, mask)
@@ -190,17 +226,22 @@ def _backward(
     scale: float,
 ) -> None:
     """dq, dk and dv of some heads, into views of them."""
-    k, v = (x.flatten(0, 1) for x in (key, value))
-    wide, v_t = k.float().transpose(1, 2), v.transpose(1, 2)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    for now in _blocks(k.shape[1]):
+    k, v_t = _matrices(key), _matrices(value).transpose(1, 2)
+    wide = k.float().transpose(1, 2)
+    sums: list[Tensor] = []  # dk / scale and dv
+    for now in reversed(_blocks(query, key)):
         q, g = (_matrices(x[..., now, :]) for x in (query, gradient))
-        p = _probabilities(q, wide[..., : now.stop], hidden, now, scale)
+        p = _probabilities(q.float(), wide[..., : now.stop], hidden, now, scale)
         dp = torch.bmm(g, v_t[..., : now.stop]).float()
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+        softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
+        p, ds = p.to(g.dtype), dp.to(q.dtype)  # ds / scale
         to = into[0][..., now, :]
-        to.copy_(torch.bmm(ds, k[:, : now.stop]).view(to.shape))
-        dk[:, : now.stop] += torch.bmm(ds.transpose(1, 2), q)
-        dv[:, : now.stop] += torch.bmm(p.to(g.dtype).transpose(1, 2), g)
-    into[1].copy_(dk.view(key.shape))
-    into[2].copy_(dv.view(value.shape))
+        to.copy_(_product(ds, k[:, : now.stop], scale).view(to.shape))
+        parts = [torch.bmm(a.transpose(1, 2), b) for a, b in ((ds, q), (p, g))]
+        if not sums:  # of the last block, which reads all keys
+            sums = [part.float() for part in parts]
+        else:
+            for total, part in zip(sums, parts, strict=True):
+                total[:, : now.stop] += part
+    into[1].copy_(sums[0].mul_(scale).view(key.shape))
+    into[2].copy_(sums[1].view(value.shape))
