@@ -37,13 +37,13 @@ def test_zeros_come_at_the_rate_p_each_place_alike_and_independent_of_the_one_be
 def test_a_draw_that_falls_short_goes_on(monkeypatch):
     torch.manual_seed(0)
     whole = dropout.zero_positions(5000, 0.1)
-    real, sizes = torch.rand, []
+    real, sizes = dropout._steps, []
 
-    def few(size: int, **options: object) -> torch.Tensor:
-        sizes.append(size)
-        return real(3, **options)
+    def few(count: int, p: float) -> torch.Tensor:
+        sizes.append(count)
+        return real(3, p)
 
-    monkeypatch.setattr(torch, "rand", few)
+    monkeypatch.setattr(dropout, "_steps", few)
     at = dropout.zero_positions(5000, 0.1)
     assert len(sizes) > 100
     assert (at.diff() > 0).all()

@@ -5,11 +5,11 @@ For queries q, keys k and values v of one head, [T, D], T tokens:
     S = scale q k^T, -inf above the diagonal,     P = softmax(S),        o = P v
     dv = P^T g,    dS = P (g v^T - sum(P g v^T)),    dq = scale dS k,    dk = scale dS^T q
 
-S is made again in the backward pass: kept are q, k and v. Its products are of bf16 numbers, its sums
-stay in float32 (`float32_sums`). A block of QUERIES rows is multiplied with the keys up to its end,
-for CHUNK scores of many heads at a time, so most of what lies above the diagonal is never made;
-heads that share keys are rows of one product. torch's kernel walks through blocks of one head,
-which is better for long rows (docs/log.md).
+S is made again in the backward pass: kept are q, k and v. It is a product of bf16 numbers whose
+sums stay in float32. A block of QUERIES rows is multiplied with the keys up to its end, for CHUNK
+scores of many heads at a time, so most of what lies above the diagonal is never made; heads that
+share keys are rows of one product. torch's kernel walks through blocks of one head, which is
+better for long rows (docs/log.md).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def float32_sums() -> Iterator[None]:
     oneDNN then multiplies them as bf16, in half the time of float32. A product of bf16 matrices
     would round its sums to bf16, for which scores are too large.
     """
-    matmul: Any = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield

@@ -66,16 +66,24 @@ def add_product_(y: Tensor, a: Tensor, b: Tensor, at: Tensor | None) -> None:
 
 def zero_positions(n: int, p: float) -> Tensor:
     """Which of n elements are zeroed, each with probability p, on the CPU: sorted, int32."""
-    found = torch.zeros(0, dtype=torch.int64)
-    last = -1
-    while last < n - 1:
-        expected = (n - 1 - last) * p
-        count = int(expected + 6 * expected**0.5) + 8  # short once in 10^9 draws; then once more
-        # P(gap > n) = (1 - p)^n, by inversion: faster than geometric_, of the same law
-        gaps = torch.rand(count, dtype=torch.float64).neg_().log1p_().div_(math.log1p(-p)).long()
-        found = torch.cat((found, gaps.add_(1).cumsum(0).add_(last)))
-        last = int(found[-1])
-    return found[: int(torch.searchsorted(found, n))].int()
+    expected = n * p
+    count = int(expected + 6 * expected**0.5) + 8  # short once in 10^9 draws; then once more
+    at = _steps(count, p).cumsum(0).sub_(1)
+    last = int(at[-1])
+    if last < n - 1:
+        return torch.cat((at.int(), zero_positions(n - last - 1, p).add_(last + 1)))
+    return at[: int(torch.searchsorted(at, n))].int()
+
+
+def _steps(count: int, p: float) -> Tensor:
+    """From each zero to the next one, with probability p (1 - p)^(k - 1) for k, as int32.
+
+    By inversion of P(step > k) = (1 - p)^k. A uniform number u is made of 31 bits, so that one
+    draw of the generator is two of them.
+    """
+    bits = torch.empty((count + 1) // 2, dtype=torch.int64).random_().view(torch.int32)
+    u = bits[:count].bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2.0**-31)
+    return u.log_().mul_(1 / math.log1p(-p)).add_(1).int()
 
 
 def dropped(flat: Tensor, p: float) -> Dropped:
