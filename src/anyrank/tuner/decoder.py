@@ -1,8 +1,9 @@
-"""Norms and gated MLPs of a decoder that keep less for the backward pass.
+"""Parts of a decoder that keep less for the backward pass.
 
     norm     y = w * round(h / sqrt(mean(h^2) + eps))       keeps h, not a float32 copy of it
     gated    y = down_proj(act(gate_proj(x)) * up_proj(x))   keeps gate and up, not act(gate)
     pure     a LayerNorm, or an activation by itself         keeps its input, not its output
+    heads    queries, keys and values of a Falcon            no gradients added to zeros
     loss     cross-entropy of the next tokens                keeps the logits in their own dtype
     attention over short rows on a CPU                       keeps q, k and v, and is faster
 
@@ -34,6 +35,7 @@ from ..kernels.loss import causal_lm_loss
 from ..kernels.norm import rms_norm
 from ..kernels.shared import Recipe, can_be_remade
 from .attention import attention_forward, is_attention
+from .heads import SPLIT, has_same_split, split_heads
 
 PROJECTIONS: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -48,6 +50,7 @@ class LeanDecoder:
         norms: how many norms.
         gated: how many gated MLPs.
         pure: how many layer norms and activations, which the next layer can make again.
+        heads: how many attention layers that split a fused product.
         losses: how many models whose loss it is.
         attention: how many attention layers.
     """
@@ -56,15 +59,18 @@ class LeanDecoder:
         self.norms = 0
         self.gated = 0
         self.pure = 0
+        self.heads = 0
         self.losses = 0
         self.attention = 0
         self._models: list[PreTrainedModel] = []
-        self._replaced: list[tuple[nn.Module, MethodType]] = []
+        self._replaced: list[tuple[nn.Module, str, MethodType]] = []
 
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        method = MethodType(forward, module)  # bound, so that a deep copy binds it to the copy
-        module.forward = method
-        self._replaced.append((module, method))
+    def _replace(
+        self, module: nn.Module, function: Callable[..., Any], name: str = "forward"
+    ) -> None:
+        method = MethodType(function, module)  # bound, so that a deep copy binds it to the copy
+        setattr(module, name, method)
+        self._replaced.append((module, name, method))
 
     def _replace_loss(self, model: PreTrainedModel) -> None:
         model.loss_function = causal_lm_loss
@@ -72,10 +78,10 @@ class LeanDecoder:
         self.losses += 1
 
     def undo(self) -> None:
-        """Give every module its own forward back, unless somebody has replaced ours since."""
-        for module, method in self._replaced:
-            if vars(module).get("forward") is method:
-                del module.forward
+        """Give every module its own methods back, unless somebody has replaced ours since."""
+        for module, name, method in self._replaced:
+            if vars(module).get(name) is method:
+                delattr(module, name)
         self._replaced.clear()
         for model in self._models:
             if model.loss_function is causal_lm_loss:
@@ -118,6 +124,9 @@ def lean_decoder(model: nn.Module, *, exact: bool = True) -> LeanDecoder:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and _has_usual_loss(module):
                 lean._replace_loss(module)
+            if has_same_split(module):
+                lean._replace(module, split_heads, SPLIT)
+                lean.heads += 1
             if "forward" in vars(module):
                 continue
             if is_attention(module) and not exact:
