@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .shared import shared
 
+RARE = 1e-4  # from this p on, a uniform number of 24 bits is fine enough to draw a gap
 SPARSE = 0.2  # up to this p, positions take less memory than a mask of one byte per element
 
 
@@ -67,23 +68,21 @@ def add_product_(y: Tensor, a: Tensor, b: Tensor, at: Tensor | None) -> None:
 def zero_positions(n: int, p: float) -> Tensor:
     """Which of n elements are zeroed, each with probability p, on the CPU: sorted, int32."""
     expected = n * p
-    count = int(expected + 6 * expected**0.5) + 8  # short once in 10^9 draws; then once more
-    at = _steps(count, p).cumsum(0).sub_(1)
+    steps = _steps(int(expected + 6 * expected**0.5) + 8, p)
+    steps[0] -= 1  # the first is at 0 if its step is 1
+    at = steps.cumsum(0, dtype=torch.int32)
     last = int(at[-1])
-    if last < n - 1:
-        return torch.cat((at.int(), zero_positions(n - last - 1, p).add_(last + 1)))
-    return at[: int(torch.searchsorted(at, n))].int()
+    if last < n - 1:  # once in 10^9 draws
+        return torch.cat((at, zero_positions(n - last - 1, p).add_(last + 1)))
+    return at[: int(torch.searchsorted(at, n))]
 
 
 def _steps(count: int, p: float) -> Tensor:
     """From each zero to the next one, with probability p (1 - p)^(k - 1) for k, as int32.
 
-    By inversion of P(step > k) = (1 - p)^k. A uniform number u is made of 31 bits, so that one
-    draw of the generator is two of them.
+    By inversion of P(step > k) = (1 - p)^k: faster than geometric_, of the same law.
     """
-    bits = torch.empty((count + 1) // 2, dtype=torch.int64).random_().view(torch.int32)
-    u = bits[:count].bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2.0**-31)
-    return u.log_().mul_(1 / math.log1p(-p)).add_(1).int()
+    return torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p)).add_(1).int()
 
 
 def dropped(flat: Tensor, p: float) -> Dropped:
@@ -93,8 +92,8 @@ def dropped(flat: Tensor, p: float) -> Dropped:
         flat: [tokens, d], contiguous.
         p: probability of a zero, 0 < p < 1.
     """
-    compiling = torch.compiler.is_compiling()
-    if flat.device.type != "cpu" or p > SPARSE or compiling or flat.numel() >= 2**31:
+    sparse = RARE <= p <= SPARSE and flat.numel() < 2**30  # a gap is at most 17 / p
+    if flat.device.type != "cpu" or not sparse or torch.compiler.is_compiling():
         at = torch.empty(flat.shape, dtype=torch.bool, device=flat.device).bernoulli_(1 - p)
     else:
         at = zero_positions(flat.numel(), p)
