@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -106,27 +105,6 @@ def test_a_mask_that_hides_only_later_tokens_is_not_read():
     wanted = results(attention, tensors, is_causal=True)
     got = results(attention, tensors, attn_mask=causal(2, 70))
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-@pytest.fixture(params=["none", "ieee", "bf16"])
-def precision(request) -> Iterator[str]:
-    """What a user has chosen for products of float32 matrices."""
-    matmul: Any = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, request.param
-    yield request.param
-    matmul.fp32_precision = before
-
-
-def test_float32_sums_of_bf16_products_are_exact_and_leave_the_setting(precision):
-    torch.manual_seed(0)
-    a, b = (torch.randn(4, 64, 80).bfloat16().float() for _ in range(2))
-    with short.float32_sums():
-        made = torch.bmm(a, b.mT)
-    with pytest.raises(RuntimeError), short.float32_sums():
-        torch.bmm(a, b)
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
-    wanted = torch.bmm(a.double(), b.double().mT)
-    assert (made - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
 def test_the_layout_is_that_which_the_next_layer_reads():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers as tf
 from tiny import IDS, SHAPE, adapted
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anyrank.kernels import attention as short
 from anyrank.tuner.decoder import lean_decoder
@@ -102,6 +104,42 @@ def test_with_gradient_checkpointing_it_is_the_same_to_the_last_bit(calls):
     calls.clear()
     assert distance(outcome(model), wanted) == 0
     assert calls.count("forward") == 4
+
+
+def test_torchs_attention_is_back_after_a_layer_and_after_one_that_fails(monkeypatch):
+    model = built(FAMILIES["llama"])
+    lean_decoder(model, exact=False)
+    own, seen = F.scaled_dot_product_attention, []
+    rotary = tf.models.llama.modeling_llama.apply_rotary_pos_emb
+
+    def looks(*args: Any) -> Any:
+        seen.append(F.scaled_dot_product_attention)
+        if len(seen) == 3:
+            raise ZeroDivisionError
+        return rotary(*args)
+
+    monkeypatch.setattr(tf.models.llama.modeling_llama, "apply_rotary_pos_emb", looks)
+    model(input_ids=IDS)
+    assert F.scaled_dot_product_attention is own
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=IDS)
+    assert seen == [short.attention] * 3
+    assert F.scaled_dot_product_attention is own
+
+
+def test_threads_leave_torchs_attention():
+    own = F.scaled_dot_product_attention
+    models = [built(FAMILIES["llama"]) for _ in range(3)]
+    for model in models:
+        lean_decoder(model, exact=False)
+
+    def steps(model: nn.Module) -> None:
+        for _ in range(20):
+            model(input_ids=IDS)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(steps, models))
+    assert F.scaled_dot_product_attention is own
 
 
 def test_eager_attention_and_float32_stay_as_they_are(calls):

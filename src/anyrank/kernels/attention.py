@@ -6,16 +6,15 @@ For queries q, keys k and values v of one head, [T, D], T tokens:
     dv = P^T g,    dS = P (g v^T - sum(P g v^T)),    dq = scale dS k,    dk = scale dS^T q
 
 S is made again in the backward pass: kept are q, k and v. It is a product of bf16 numbers whose
-sums stay in float32. A block of QUERIES rows is multiplied with the keys up to its end, for CHUNK
-scores of many heads at a time, so most of what lies above the diagonal is never made; heads that
-share keys are rows of one product. torch's kernel walks through blocks of one head, which is
-better for long rows (docs/log.md).
+sums stay in float32, since scores are too large for bf16. A block of QUERIES rows is multiplied
+with the keys up to its end, for CHUNK scores of many heads at a time, so most of what lies above
+the diagonal is never made; heads that share keys are rows of one product. torch's kernel walks
+through blocks of one head, which is better for long rows (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from .product import float32_sums, scaled_product
 from .shared import shared
 
 LONG = 768  # tokens from which on torch's kernel is the faster one
@@ -106,27 +106,6 @@ def _hides_only_later(mask: Tensor) -> bool:
     return shared(mask, "later", lambda: torch.equal(mask, torch.ones_like(mask).tril_()))
 
 
-@contextmanager
-def float32_sums() -> Iterator[None]:
-    """Products of float32 matrices that hold bf16 numbers, exact up to the sums in float32.
-
-    oneDNN then multiplies them as bf16, in half the time of float32. A product of bf16 matrices
-    would round its sums to bf16, for which scores are too large.
-    """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale a b of [heads, n, k] and [heads, k, m], without a pass for the scale."""
-    nothing = a.new_zeros(()).expand(len(a), a.shape[1], b.shape[2])
-    return torch.baddbmm(nothing, a, b, beta=0, alpha=scale)
-
-
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of the batch and heads of the keys that go through together."""
     batch, heads, tokens, _ = key.shape
@@ -164,7 +143,7 @@ def _probabilities(
         hidden: [rows or 1, 1, tokens, tokens], -inf where a mask hides a key; None: causal.
     """
     with float32_sums():
-        s = _product(q, k, scale)
+        s = scaled_product(q, k, scale)
     count = queries.stop - queries.start
     if hidden is None:
         above = torch.full((count, count), -torch.inf).triu_(1)
@@ -236,7 +215,7 @@ def _backward(
         softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
         p, ds = p.to(g.dtype), dp.to(q.dtype)  # ds / scale
         to = into[0][..., now, :]
-        to.copy_(_product(ds, k[:, : now.stop], scale).view(to.shape))
+        to.copy_(scaled_product(ds, k[:, : now.stop], scale).view(to.shape))
         parts = [torch.bmm(a.transpose(1, 2), b) for a, b in ((ds, q), (p, g))]
         if not sums:  # of the last block, which reads all keys
             sums = [part.float() for part in parts]

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..algebra import Update, adapter_output, pool_columns, repeat, repeat_rows
 from .dropout import Dropped, add_product_, drop, zero_
+from .product import scaled_product
 from .shared import Recipe, recipe_of, shared
 from .sums import group_mean, group_sum
 
@@ -201,9 +202,11 @@ class _AdaptedLinear(torch.autograd.Function):
             if u is None and ctx.recipe and _needs_u(spec, needed[1]):
                 count, make = ctx.recipe
                 u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at)
-            outer = (core[-1] * (spec.scale / spec.keep)).to(ctx.dtype)
-            h = sums[spec.q] @ outer  # s C^T v of a dense core, s B^T v of a low-rank one
-            found += _core_gradients(spec, core, needed[1], (u, t, sums[spec.q], h)) + [None] * 3
+            v, outer = sums[spec.q], core[-1].to(ctx.dtype)
+            h = scaled_product(
+                v, outer, spec.scale / spec.keep
+            )  # s C^T v of a dense core, s B^T v of a low-rank one
+            found += _core_gradients(spec, core, needed[1], (u, t, v, h)) + [None] * 3
             if dx is not None:
                 _add_input_gradient(dx, spec, core, h, at)
         dx = None if dx is None else dx.view(*shape, dx.shape[-1]).to(ctx.x_dtype)
@@ -217,11 +220,11 @@ def _add(y: Tensor, spec: _Spec, core: Sequence[Tensor], u: Tensor, keep: float)
         What the outer factor multiplies: A u of a low-rank core, u itself of a dense one.
     """
     t = u if len(core) == 1 else u @ core[0].to(u.dtype).T
-    outer = (core[-1] * (spec.scale / keep)).to(u.dtype)
+    outer = core[-1].to(u.dtype)
     if _copies_factor(t, spec.q):
-        y.addmm_(t, repeat_rows(outer, spec.q).T)
+        y.addmm_(t, repeat_rows(outer, spec.q).T, alpha=spec.scale / keep)
     else:
-        y.add_(repeat(t @ outer.T, spec.q))
+        y.add_(repeat(t @ outer.T, spec.q), alpha=spec.scale / keep)
     return t
 
 
@@ -273,7 +276,7 @@ def _core_gradients(
         if t is None:
             assert u is not None
             t = u if len(core) == 1 else u @ core[0].to(u.dtype).T
-        found[-1] = (v.T @ t).to(core[-1].dtype).mul_(spec.scale / spec.keep)
+        found[-1] = scaled_product(v.T, t, spec.scale / spec.keep).to(core[-1].dtype)
     return found
 
 

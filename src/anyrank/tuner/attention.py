@@ -6,24 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from ..kernels.attention import attention
-
-
-class _Ours(TorchFunctionMode):
-    """Inside of it, torch's attention is that of kernels.attention."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            func = attention
-        return func(*args, **(kwargs or {}))
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -32,8 +17,17 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The layer's own forward, whichever way it comes to torch's attention."""
-    if torch.compiler.is_compiling():
+    """The layer's own forward, during which torch's attention is that of kernels.attention.
+
+    A TorchFunctionMode would do the same for a call of Python per operation, 3 to 5 ms of a step.
+    What is put in place is not taken for the first one by a thread that comes meanwhile, so the
+    last to leave always leaves torch's.
+    """
+    before = functional.scaled_dot_product_attention
+    if torch.compiler.is_compiling() or before is attention:
         return type(self).forward(self, *args, **kwargs)
-    with _Ours():
+    functional.scaled_dot_product_attention = attention
+    try:
         return type(self).forward(self, *args, **kwargs)
+    finally:
+        functional.scaled_dot_product_attention = before

@@ -111,7 +111,7 @@ def lean_decoder(model: nn.Module, *, exact: bool = True) -> LeanDecoder:
         model: any model; only its instances change, never a class.
         exact: false lets attention in bf16 on a CPU over rows of less than 768 tokens be computed
             by kernels.attention, in 0.3 to 0.7 of the time and to the same precision, with other
-            roundings. Elsewhere it stays torch's, at a call of Python per operation.
+            roundings. Elsewhere it stays torch's.
 
     Returns:
         The counts, and the way back.
