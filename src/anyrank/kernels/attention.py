@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .product import float32_sums, scaled_product
 from .shared import shared
 
-LONG = 768  # tokens from which on torch's kernel is the faster one
+LONG = 2048  # tokens from which on torch's kernel is the faster one
 QUERIES = 64  # of a block, and twice as many where no heads share keys
 softmax_backward = torch.ops.aten._softmax_backward_data.out
 CHUNK = 2**20  # scores at a time
@@ -128,6 +128,11 @@ def _grouped(x: Tensor, key: Tensor, rows: slice, heads: slice) -> Tensor:
     return x.unflatten(1, (key.shape[1], -1))[rows, heads]
 
 
+def _of_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The mask of some rows of the batch: one for each, or one for all."""
+    return mask if mask is None or len(mask) == 1 else mask[rows]
+
+
 def _matrices(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x [rows, heads, ..., D] as [rows * heads, the rest, D], contiguous: views multiply slowly."""
     x = x.to(dtype or x.dtype, memory_format=torch.contiguous_format).contiguous()
@@ -135,30 +140,24 @@ def _matrices(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, hidden: Tensor | None, queries: slice, scale: float
+    q: Tensor, k: Tensor, mask: Tensor | None, queries: slice, scale: float
 ) -> Tensor:
     """P [heads, queries, keys] of q [heads, queries, D] and k [heads, D, keys], all in float32.
 
     Args:
-        hidden: [rows or 1, 1, tokens, tokens], -inf where a mask hides a key; None: causal.
+        mask: [rows or 1, 1, tokens, tokens], true where a key is seen; None: causal.
     """
     with float32_sums():
         s = scaled_product(q, k, scale)
     count = queries.stop - queries.start
-    if hidden is None:
+    if mask is None:
         above = torch.full((count, count), -torch.inf).triu_(1)
         s.unflatten(1, (-1, count))[..., queries].add_(above)
     else:
-        s.view(len(hidden), -1, count, queries.stop).add_(hidden[..., queries, : queries.stop])
+        seen = mask[..., queries, : queries.stop]
+        hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        s.view(len(mask), -1, count, queries.stop).add_(hidden)
     return torch.softmax(s, -1, out=s)
-
-
-def _hidden(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """-inf where these rows of a mask hide a key, made once per mask."""
-    if mask is None:
-        return None
-    made = shared(mask, "hidden", lambda: torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf))
-    return made[rows] if len(mask) > 1 else made
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -171,10 +170,10 @@ class _ShortAttention(torch.autograd.Function):
         for part in _heads(query, key):
             k, v = _matrices(key[part], torch.float32).transpose(1, 2), _matrices(value[part])
             q, made = (_grouped(x, key, *part) for x in (query, o))
-            hidden = _hidden(mask, part[0])
+            seen = _of_rows(mask, part[0])
             for now in _blocks(query, key):
                 these = _matrices(q[..., now, :], torch.float32)
-                p = _probabilities(these, k[..., : now.stop], hidden, now, scale).to(v.dtype)
+                p = _probabilities(these, k[..., : now.stop], seen, now, scale).to(v.dtype)
                 to = made[..., now, :]
                 to.copy_(torch.bmm(p, v[:, : now.stop]).view(to.shape))
         ctx.save_for_backward(query, key, value, mask)
@@ -190,8 +189,8 @@ class _ShortAttention(torch.autograd.Function):
             for part in _heads(query, key):
                 into = _grouped(dq, key, *part), dk[part], dv[part]
                 q, g = (_grouped(x, key, *part) for x in (query, gradients[0]))
-                hidden = _hidden(mask, part[0])
-                _backward(into, q, g, key[part], value[part], hidden, ctx.scale)
+                seen = _of_rows(mask, part[0])
+                _backward(into, q, g, key[part], value[part], seen, ctx.scale)
         return dq, dk, dv, None, None
 
 
@@ -201,7 +200,7 @@ def _backward(
     gradient: Tensor,
     key: Tensor,
     value: Tensor,
-    hidden: Tensor | None,
+    mask: Tensor | None,
     scale: float,
 ) -> None:
     """dq, dk and dv of some heads, into views of them."""
@@ -210,7 +209,7 @@ def _backward(
     sums: list[Tensor] = []  # dk / scale and dv
     for now in reversed(_blocks(query, key)):
         q, g = (_matrices(x[..., now, :]) for x in (query, gradient))
-        p = _probabilities(q.float(), wide[..., : now.stop], hidden, now, scale)
+        p = _probabilities(q.float(), wide[..., : now.stop], mask, now, scale)
         dp = torch.bmm(g, v_t[..., : now.stop]).float()
         softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
         p, ds = p.to(g.dtype), dp.to(q.dtype)  # ds / scale
