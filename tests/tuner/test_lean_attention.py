@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyrank.kernels import attention as short
+from anyrank.tuner import attention as lean_layers
 from anyrank.tuner.decoder import lean_decoder
 
 LLAMA = {**SHAPE, "vocab_size": 128}
 FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+GROUPS = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 FAMILIES = {
     "llama": tf.LlamaConfig(**LLAMA),
     "qwen 3, shared keys": tf.Qwen3Config(**{**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
     "mistral": tf.MistralConfig(**LLAMA),
     "falcon, its own call": tf.FalconConfig(**FALCON),
+    "falcon, groups of heads": tf.FalconConfig(**GROUPS),
 }
+two_families = pytest.mark.parametrize("family", ["llama", "falcon, groups of heads"])
 every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -95,8 +99,9 @@ def test_logits_stay_exact_unless_asked(calls):
     assert not calls
 
 
-def test_with_gradient_checkpointing_it_is_the_same_to_the_last_bit(calls):
-    model = built(FAMILIES["llama"])
+@two_families
+def test_with_gradient_checkpointing_it_is_the_same_to_the_last_bit(family, calls):
+    model = built(FAMILIES[family])
     lean_decoder(model, exact=False)
     wanted = outcome(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,8 +147,10 @@ def test_threads_leave_torchs_attention():
     assert F.scaled_dot_product_attention is own
 
 
-def test_eager_attention_and_float32_stay_as_they_are(calls):
-    for model in (built(FAMILIES["llama"], attn_implementation="eager"), built(FAMILIES["llama"])):
+@two_families
+def test_eager_attention_and_float32_stay_as_they_are(family, calls):
+    config = FAMILIES[family]
+    for model in (built(config, attn_implementation="eager"), built(config)):
         if model.config._attn_implementation == "sdpa":
             model.float()
         wanted = outcome(model)
@@ -152,13 +159,39 @@ def test_eager_attention_and_float32_stay_as_they_are(calls):
     assert not calls
 
 
-def test_generation_with_a_cache_says_the_same_words(calls):
-    model = built(FAMILIES["llama"]).eval()
+@two_families
+def test_generation_with_a_cache_says_the_same_words(family, calls):
+    model = built(FAMILIES[family]).eval()
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     wanted = model.generate(IDS, **options)
     lean_decoder(model, exact=False)
     assert torch.equal(model.generate(IDS, **options), wanted)
     assert calls == ["forward"] * 2  # the prompt; then a token at a time
+
+
+def test_keys_of_a_falcon_stay_in_groups_unless_somebody_keeps_them(monkeypatch):
+    model = built(FAMILIES["falcon, groups of heads"])
+    heads = []
+
+    def counted(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads.append(key.shape[1])
+        return short.attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(lean_layers, "attention", counted)
+    lean_decoder(model, exact=False)
+    outcome(model)
+    assert heads == [2, 2]
+    model(input_ids=IDS, use_cache=True)
+    assert heads == [2, 2, 4, 4]
+    assert all(block.self_attention.new_decoder_architecture for block in model.transformer.h)
+
+
+def test_a_falcon_with_alibi_takes_groups_to_torch(calls):
+    model = built(tf.FalconConfig(**GROUPS, alibi=True))
+    wanted = outcome(model)
+    lean_decoder(model, exact=False)
+    assert distance(outcome(model), wanted) < 2e-2
+    assert not calls
 
 
 def test_a_compiled_layer_keeps_torchs_attention_in_one_graph(calls):

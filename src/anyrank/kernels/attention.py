@@ -49,7 +49,7 @@ def attention(
 
     Args:
         query: [batch, heads, tokens, D].
-        key, value: [batch, heads or fewer with `enable_gqa`, tokens, D].
+        key, value: [batch, heads or fewer, tokens, D]; each for as many heads as the others.
         attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch takes them.
 
     Returns:
@@ -59,8 +59,9 @@ def attention(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (t.to(dtype) for t in (query, key, value))
     if dropout_p or not _is_short(query, key, value) or not _is_causal(query, attn_mask, is_causal):
+        grouped = enable_gqa or 1 < key.shape[1] < query.shape[1]
         return scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if attn_mask is not None and _hides_only_later(attn_mask):

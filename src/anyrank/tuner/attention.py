@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -9,6 +10,35 @@ from torch import nn
 from torch.nn import functional
 
 from ..kernels.attention import attention
+from .heads import keys_in_groups
+
+
+class _Ours:
+    """torch's attention is that of kernels.attention while a thread is inside.
+
+    A TorchFunctionMode would do the same for a call of Python per operation, 3 to 4 ms of a step.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = functional.scaled_dot_product_attention
+                functional.scaled_dot_product_attention = attention
+            self.inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                functional.scaled_dot_product_attention = self.before
+
+
+_ours = _Ours()
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -17,17 +47,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The layer's own forward, during which torch's attention is that of kernels.attention.
-
-    A TorchFunctionMode would do the same for a call of Python per operation, 3 to 5 ms of a step.
-    What is put in place is not taken for the first one by a thread that comes meanwhile, so the
-    last to leave always leaves torch's.
-    """
-    before = functional.scaled_dot_product_attention
-    if torch.compiler.is_compiling() or before is attention:
+    """The layer's own forward, whichever way it comes to torch's attention."""
+    if torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
-    functional.scaled_dot_product_attention = attention
-    try:
+    with _ours, keys_in_groups(self, *args, **kwargs):
         return type(self).forward(self, *args, **kwargs)
-    finally:
-        functional.scaled_dot_product_attention = before

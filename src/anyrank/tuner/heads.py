@@ -1,12 +1,16 @@
-"""Queries, keys and values of a Falcon, split without an index.
+"""Queries, keys and values of a Falcon, split without an index and, on request, without copies.
 
 Transformers takes keys and values out of the fused product by an index, [[-2]]: its gradient is
 added to zeros number by number. A split gives the same, and its gradients lie side by side.
+
+Where heads share keys and values, Transformers copies those for every head. An attention that
+takes groups of heads needs no copies: neither their rotation nor the sum of their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,3 +51,27 @@ def has_same_split(module: nn.Module) -> bool:
         return all(torch.equal(theirs, ours) for theirs, ours in pairs)
     except Exception:  # whatever a foreign method raises, it is not this one
         return False
+
+
+@contextmanager
+def keys_in_groups(layer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Inside of it, a Falcon's keys and values are not copied for every head, in training.
+
+    The layer then takes itself for one of the old architecture, where all heads share one key.
+
+    Args:
+        layer: an attention layer; if it splits heads as `split_heads` does, its attention has to
+            take groups.
+        args, kwargs: what its forward gets.
+    """
+    split = vars(layer).get(SPLIT)
+    shares = split is not None and layer.new_decoder_architecture
+    stored = kwargs.get("layer_past") is not None or kwargs.get("output_attentions")
+    if not shares or stored or len(args) > 1 or layer.config._attn_implementation != "sdpa":
+        yield
+        return
+    layer.new_decoder_architecture = False
+    try:
+        yield
+    finally:
+        layer.new_decoder_architecture = True
