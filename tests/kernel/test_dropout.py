@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_a_draw_that_falls_short_goes_on(monkeypatch):
     assert abs(len(at) - len(whole)) < 150
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def default_dtype(request) -> Iterator[None]:
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("default_dtype")
 def test_steps_follow_the_geometric_law():
     torch.manual_seed(0)
     p, n = 0.05, 1_000_000

@@ -152,11 +152,11 @@ def _probabilities(
         s = scaled_product(q, k, scale)
     count = queries.stop - queries.start
     if mask is None:
-        above = torch.full((count, count), -torch.inf).triu_(1)
+        above = s.new_full((count, count), -torch.inf).triu_(1)
         s.unflatten(1, (-1, count))[..., queries].add_(above)
     else:
         seen = mask[..., queries, : queries.stop]
-        hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        hidden = s.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         s.view(len(mask), -1, count, queries.stop).add_(hidden)
     return torch.softmax(s, -1, out=s)
 

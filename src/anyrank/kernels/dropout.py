@@ -82,7 +82,8 @@ def _steps(count: int, p: float) -> Tensor:
 
     By inversion of P(step > k) = (1 - p)^k: faster than geometric_, of the same law.
     """
-    return torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p)).add_(1).int()
+    u = torch.rand(count, dtype=torch.float32, device="cpu")
+    return u.neg_().log1p_().mul_(1 / math.log1p(-p)).add_(1).int()
 
 
 def dropped(flat: Tensor, p: float) -> Dropped:

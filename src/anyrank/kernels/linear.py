@@ -203,9 +203,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 count, make = ctx.recipe
                 u = _made_again(Recipe(saved[-count:], make), ctx.dtype, at)
             v, outer = sums[spec.q], core[-1].to(ctx.dtype)
-            h = scaled_product(
-                v, outer, spec.scale / spec.keep
-            )  # s C^T v of a dense core, s B^T v of a low-rank one
+            # s C^T v of a dense core, s B^T v of a low-rank one
+            h = scaled_product(v, outer, spec.scale / spec.keep)
             found += _core_gradients(spec, core, needed[1], (u, t, v, h)) + [None] * 3
             if dx is not None:
                 _add_input_gradient(dx, spec, core, h, at)

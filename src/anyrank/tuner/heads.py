@@ -60,14 +60,13 @@ def keys_in_groups(layer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     The layer then takes itself for one of the old architecture, where all heads share one key.
 
     Args:
-        layer: an attention layer; if it splits heads as `split_heads` does, its attention has to
-            take groups.
+        layer: an attention layer; if `split_heads` is its own, its attention has to take groups.
         args, kwargs: what its forward gets.
     """
-    split = vars(layer).get(SPLIT)
-    shares = split is not None and layer.new_decoder_architecture
-    stored = kwargs.get("layer_past") is not None or kwargs.get("output_attentions")
-    if not shares or stored or len(args) > 1 or layer.config._attn_implementation != "sdpa":
+    split = getattr(vars(layer).get(SPLIT), "__func__", None)
+    shares = split is split_heads and layer.new_decoder_architecture
+    seen = kwargs.get("layer_past") is not None or kwargs.get("output_attentions")
+    if not shares or seen or len(args) > 1 or layer.config._attn_implementation != "sdpa":
         yield
         return
     layer.new_decoder_architecture = False
