@@ -42,6 +42,7 @@ from step_worker import tensor_peak
 from torch import Tensor, nn
 
 import anyrank
+from anyrank.training.head import small_tiles
 
 GIB = ROOM = 2**30  # ROOM: of a filled card, for the kernels that CUDA loads as it runs
 RANK, CLIP, RATE, STD = 64, 1.0, 1e-3, 0.02  # STD: of random weights
@@ -152,7 +153,7 @@ class Training:
 
     def step(self, number: int, ids: Tensor) -> Tensor:
         """Optimizer step `number` on rows `ids` [batch, tokens]; the loss before it."""
-        with self.offload:
+        with self.offload, small_tiles(self.device):  # as anyrank train has them on a CPU
             self.plan.begin(number)
             self.plan.use(0)
             with torch.autocast(self.device, torch.bfloat16):
