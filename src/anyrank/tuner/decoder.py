@@ -111,7 +111,8 @@ def lean_decoder(model: nn.Module, *, exact: bool = True) -> LeanDecoder:
         model: any model; only its instances change, never a class.
         exact: false lets attention in bf16 on a CPU over rows of less than 2,048 tokens be computed
             by kernels.attention, in 0.4 to 0.95 of the time and to the same precision, with other
-            roundings. Elsewhere it stays torch's.
+            roundings; elsewhere by torch. A Falcon's keys and values then stay in groups. While
+            such a layer runs, torch's function is replaced, in every thread.
 
     Returns:
         The counts, and the way back.
