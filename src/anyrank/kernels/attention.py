@@ -28,7 +28,6 @@ from .shared import shared
 
 LONG = 2048  # tokens from which on torch's kernel is the faster one
 QUERIES = 64  # of a block, and twice as many where no heads share keys
-softmax_backward = torch.ops.aten._softmax_backward_data.out
 CHUNK = 2**20  # scores at a time
 
 
@@ -212,7 +211,7 @@ def _backward(
         q, g = (_matrices(x[..., now, :]) for x in (query, gradient))
         p = _probabilities(q.float(), wide[..., : now.stop], mask, now, scale)
         dp = torch.bmm(g, v_t[..., : now.stop]).float()
-        softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
+        torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         p, ds = p.to(g.dtype), dp.to(q.dtype)  # ds / scale
         to = into[0][..., now, :]
         to.copy_(scaled_product(ds, k[:, : now.stop], scale).view(to.shape))
